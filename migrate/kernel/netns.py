@@ -91,7 +91,7 @@ def _setns(descriptor: int, name: str) -> None:
 
 
 def _explained(name: str, error: OSError) -> Error:
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESRCH):
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESRCH, errno.ENAMETOOLONG):
         return NotFound(f"there is no network namespace {name!r}", hint="`ip netns list` shows those with a name")
     if error.errno == errno.EINVAL:  # the file is there, but nothing is mounted on it, or something else
         return NotFound(f"{name!r} is no network namespace", hint="`ip netns list` shows those with a name")
