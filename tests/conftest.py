@@ -1,0 +1,15 @@
+"""Plugins and rules of the whole suite: one ``fix_*.py`` a subject."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytest_plugins = ["tests.fix_netns"]
+
+
+def pytest_sessionstart() -> None:
+    """Without the privilege nothing here means anything: say so once instead of failing five hundred times."""
+    if os.geteuid() != 0:
+        pytest.exit("the suite makes network namespaces and needs root: start it with scripts/test", returncode=4)
