@@ -144,7 +144,7 @@ class Lan:
         with netns.entered(self.bridge_netns):
             Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
         ip(
-            f"link add {self.port(host)} mtu {mtu} netns {self.bridge_netns} type veth "
+            f"link add name {self.port(host)} mtu {mtu} netns {self.bridge_netns} type veth "
             f"peer name {host.dev} mtu {mtu} netns {host.netns}"
             for host in self.hosts.values()
         )
@@ -152,7 +152,7 @@ class Lan:
             ip(
                 [
                     "link set lo up",
-                    f"link set {host.dev} up",
+                    f"link set dev {host.dev} up",
                     f"address add {host.ip4}/24 dev {host.dev}",
                     f"address add {host.ip6}/64 dev {host.dev} nodad",
                 ],
@@ -161,8 +161,8 @@ class Lan:
         # Multicast snooping would drop neighbour solicitations until it has learnt who listens.
         ip(
             [
-                f"link add {self.bridge} up mtu {mtu} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
-                *(f"link set {self.port(host)} up master {self.bridge}" for host in self.hosts.values()),
+                f"link add name {self.bridge} up mtu {mtu} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
+                *(f"link set dev {self.port(host)} up master {self.bridge}" for host in self.hosts.values()),
             ],
             namespace=self.bridge_netns,
         )
