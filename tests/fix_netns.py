@@ -22,6 +22,7 @@ import itertools
 import os
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,10 +144,12 @@ class Lan:
                     Path("/proc/sys", *name.split(".")).write_text(value)
         with netns.entered(self.bridge_netns):
             Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
+        # A veth whose index equals its peer's looks like no virtual device to the kernel's link watch, which then takes
+        # a second to notice its carrier (linkwatch_urgent_event): so the ports count from 100.
         ip(
-            f"link add name {self.port(host)} mtu {mtu} netns {self.bridge_netns} type veth "
+            f"link add name {self.port(host)} index {index} mtu {mtu} netns {self.bridge_netns} type veth "
             f"peer name {host.dev} mtu {mtu} netns {host.netns}"
-            for host in self.hosts.values()
+            for index, host in enumerate(self.hosts.values(), 100)
         )
         for host in self.hosts.values():
             ip(
@@ -166,6 +169,13 @@ class Lan:
             ],
             namespace=self.bridge_netns,
         )
+        self._await_ports()
+
+    def _await_ports(self) -> None:
+        show, deadline = ["bridge", "-n", self.bridge_netns, "link"], time.monotonic() + 10
+        while subprocess.check_output(show, text=True).count("state forwarding") < len(self.hosts):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self.bridge_netns}: a port does not forward")
 
     def _namespaces(self) -> list[str]:
         return [self.bridge_netns, *(host.netns for host in self.hosts.values())]
