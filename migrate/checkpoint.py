@@ -1,0 +1,270 @@
+"""Socket to record: check, dump, thaw, release.
+
+The order of the calls in `dump` is the contract with the kernel:
+
+1. TCP_INFO, from which the state is judged: whatever must be refused is refused before anything is touched.
+2. TCP_REPAIR on. From here the application's own reads and writes fail, so the queues stand still as far as it is
+   concerned. The network does not: hold the connection first (`migrate.hold`), or the copy may be stale.
+3. How much was never sent. This must be read *before* the send queue is selected: while it is selected, a pacing
+   timer moves segments on as sent without sending them.
+4. The send queue, then the receive queue, then no queue: an application's write() enters whichever is selected.
+5. Windows, timestamp, options, names. getpeername() comes last: it fails if the connection ended meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from migrate.errors import Error, Gone, NotFound, Refused, from_oserror
+from migrate.ici import Ici
+from migrate.kernel import sockopt, tcpinfo, uapi
+from migrate.tcpstate import TcpState
+
+__all__ = ["HasFileno", "borrowed", "check", "dump", "release", "thaw"]
+
+
+class HasFileno(Protocol):
+    """Whatever has a descriptor: a socket, a file object, an asyncio transport's socket."""
+
+    def fileno(self) -> int: ...
+
+
+_MOVABLE = frozenset({TcpState.ESTABLISHED, TcpState.CLOSE_WAIT})
+_FIN_RECEIVED = frozenset({TcpState.CLOSE_WAIT, TcpState.LAST_ACK, TcpState.CLOSING})
+_FIN_QUEUED = frozenset({TcpState.FIN_WAIT_1, TcpState.CLOSING, TcpState.LAST_ACK})
+
+_REASONS = {
+    TcpState.LISTEN: "it is a listener; its connections can be moved, a listening socket is opened anew",
+    TcpState.CLOSED: "it is not connected",
+    TcpState.SYN_SENT: "its handshake is under way",
+    TcpState.SYN_RECEIVED: "its handshake is under way",
+    TcpState.TIME_WAIT: "it has ended and only waits out its time",
+}
+
+_facts = tcpinfo.reader("state", "options", "wscales", "snd_mss", "rtt", "rttvar", "snd_ssthresh", "snd_cwnd")
+
+
+def check(sock: HasFileno) -> None:
+    """Raise Refused, with the reason, if this connection cannot be dumped. Touches nothing."""
+    with borrowed(sock) as real:
+        _refuse_unless_movable(real)
+
+
+def dump(sock: HasFileno) -> Ici:
+    """The connection's record. The socket stays frozen: then `release` it, or `thaw` it, or close it (silently).
+
+    Raises Refused before anything was touched, Gone if the connection ended meanwhile, PrivilegeError without
+    CAP_NET_ADMIN, KernelError. After an error the socket is as it was before.
+    """
+    if not isinstance(sock, socket.socket):
+        with borrowed(sock) as real:
+            return dump(real)
+    try:
+        info = sockopt.tcp_info(sock)
+        if info[0] not in _MOVABLE:
+            _refuse_unless_movable(sock)
+        sockopt.enter_repair(sock)
+    except OSError as error:
+        raise _why_not(sock, error) from None
+    try:
+        return _read(sock, info)
+    except BaseException as error:
+        sockopt.leave_repair(sock, probe=False)
+        if isinstance(error, OSError):
+            if error.errno in (errno.ENOTCONN, errno.ECONNRESET):
+                raise Gone("the connection ended while it was being dumped") from None
+            raise from_oserror("dumping a connection", error) from None
+        raise
+
+
+def _read(sock: socket.socket, info: bytes) -> Ici:
+    """The record of a socket that is in repair mode; on return no queue is selected."""
+    state, bits, wscales, mss, rtt, rttvar, ssthresh, cwnd = _facts(info)
+    # SO_MEMINFO tells in one call whether there is anything in either queue.
+    rmem_alloc, _, _, _, _, wmem_queued, *_ = sockopt.meminfo(sock)
+    unsent_length = sockopt.unsent_length(sock) if wmem_queued else 0
+    sent = unsent = received = b""
+
+    sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
+    write_seq = sockopt.queue_end(sock)
+    outstanding = 0
+    if wmem_queued:
+        outstanding = sockopt.queue_lengths(sock)[1]
+        fin = 1 if state in _FIN_QUEUED else 0
+        queue = _peek_exactly(sock, outstanding - fin)
+        boundary = len(queue) - max(unsent_length - fin, 0)
+        sent, unsent = (queue, b"") if boundary == len(queue) else (queue[:boundary], queue[boundary:])
+
+    sockopt.select_queue(sock, uapi.TCP_RECV_QUEUE)
+    rcv_nxt = sockopt.queue_end(sock)
+    if rmem_alloc:
+        received = _peek_received(sock)
+    sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
+
+    windows = sockopt.window(sock)
+    stamps = bits & uapi.TCPI_OPT_TIMESTAMPS
+    scales = tcpinfo.scales(wscales) if bits & uapi.TCPI_OPT_WSCALE else (-1, -1)
+    local, remote = sock.getsockname(), sock.getpeername()
+    host, kernel = _origin()
+    record = Ici(
+        family=4 if sock.family == socket.AF_INET else 6,
+        local=_packed(local[0]),
+        local_port=local[1],
+        remote=_packed(remote[0]),
+        remote_port=remote[1],
+        state=state,
+        snd_una=(write_seq - outstanding) & 0xFFFFFFFF,
+        rcv_nxt=rcv_nxt,
+        snd_wl1=windows.snd_wl1,
+        snd_wnd=windows.snd_wnd,
+        max_window=windows.max_window,
+        rcv_wnd=windows.rcv_wnd,
+        rcv_wup=windows.rcv_wup,
+        mss_clamp=sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG),
+        mss=mss,
+        snd_wscale=scales[0],
+        rcv_wscale=scales[1],
+        sack=bool(bits & uapi.TCPI_OPT_SACK),
+        timestamps=(2 if bits & uapi.TCPI_OPT_USEC_TS else 1) if stamps else 0,
+        ts_value=sockopt.timestamp(sock) if stamps else 0,
+        ecn=1 if bits & uapi.TCPI_OPT_ECN else 0,
+        congestion=sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).partition(b"\0")[0].decode("ascii"),
+        cwnd=cwnd,
+        ssthresh=ssthresh,
+        srtt_us=rtt,
+        rttvar_us=rttvar,
+        origin_host=host,
+        origin_time=time.time_ns(),
+        origin_kernel=kernel,
+        sent=sent,
+        unsent=unsent,
+        received=received,
+    )
+    return record
+
+
+def thaw(sock: HasFileno) -> None:
+    """Back to life here, as if nothing had been."""
+    with borrowed(sock) as real:
+        try:
+            probe = sockopt.state(real) == TcpState.ESTABLISHED
+            sockopt.leave_repair(real, probe=probe)
+        except OSError as error:
+            raise from_oserror("thawing a connection", error) from None
+
+
+def release(sock: HasFileno) -> None:
+    """Let go without a packet: every owner of the socket sees ECONNABORTED, the peer sees nothing.
+
+    The socket must be frozen. A hold has to stand until the connection lives elsewhere: the peer's next segment
+    would draw a RST from here.
+    """
+    if not isinstance(sock, socket.socket):
+        with borrowed(sock) as real:
+            return release(real)
+    try:
+        sockopt.disconnect(sock)
+        # In repair mode the application's next call would say EPERM instead of ECONNABORTED.
+        sockopt.leave_repair(sock, probe=False)
+    except OSError as error:
+        raise from_oserror("releasing a connection", error) from None
+
+
+def _peek_exactly(sock: socket.socket, length: int) -> bytes:
+    """The selected send queue, which must have that length: one byte more is asked for to notice growth."""
+    if length <= 0:
+        return b""
+    data = sockopt.peek(sock, length + 1)
+    if len(data) != length:
+        raise Refused("its send queue changed while it was read", hint="hold the connection first, or try again")
+    return data
+
+
+def _peek_received(sock: socket.socket) -> bytes:
+    length = sockopt.queue_lengths(sock)[0]
+    if length == 0:
+        return b""
+    offset = sock.getsockopt(socket.SOL_SOCKET, uapi.SO_PEEK_OFF)
+    if offset >= 0:
+        sock.setsockopt(socket.SOL_SOCKET, uapi.SO_PEEK_OFF, -1)
+    try:
+        data = sockopt.peek(sock, length + 1)
+    finally:
+        if offset >= 0:
+            sock.setsockopt(socket.SOL_SOCKET, uapi.SO_PEEK_OFF, offset)
+    if len(data) != length:
+        raise Refused("its receive queue changed while it was read", hint="hold the connection first, or try again")
+    return data
+
+
+def _packed(address: str) -> bytes:
+    """Network byte order; an IPv4-mapped IPv6 address gives the four bytes that are on the wire."""
+    if ":" not in address:
+        return socket.inet_aton(address)
+    packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
+    return packed[12:] if packed.startswith(b"\0\0\0\0\0\0\0\0\0\0\xff\xff") else packed
+
+
+@functools.cache
+def _origin() -> tuple[str, str]:
+    names = os.uname()
+    return names.nodename, names.release
+
+
+@contextmanager
+def borrowed(sock: HasFileno) -> Iterator[socket.socket]:
+    """The object itself if it is a socket; else a socket over the same descriptor, which stays the caller's."""
+    if isinstance(sock, socket.socket):
+        yield sock
+        return
+    try:
+        over = socket.socket(fileno=sock.fileno())
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise NotFound(f"descriptor {sock.fileno()} is not open") from None
+        raise Refused(f"descriptor {sock.fileno()} is no socket") from None
+    try:
+        yield over
+    finally:
+        over.detach()
+
+
+def _refuse_unless_movable(sock: socket.socket) -> None:
+    if sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        raise Refused("it is no TCP socket")
+    try:
+        protocol = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
+        if protocol == uapi.IPPROTO_MPTCP:
+            raise Refused(
+                "it is a Multipath TCP socket, which the kernel cannot repair",
+                hint="have the server listen with plain TCP (GODEBUG=multipathtcp=0, or the program's own switch)",
+            )
+        if protocol != socket.IPPROTO_TCP:
+            raise Refused("it is no TCP socket")
+        state = TcpState(sockopt.state(sock))
+        ulp = sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_ULP, 16).rstrip(b"\0").decode("ascii", "replace")
+    except OSError as error:
+        raise from_oserror("looking at a connection", error) from None
+    if state not in _MOVABLE:
+        raise Refused(f"it is in {state.name}: {_REASONS.get(state, 'this state is not moved yet')}")
+    if ulp:
+        what = "TLS keys live in the kernel (kTLS)" if ulp == "tls" else f"the upper layer {ulp!r} lives in the kernel"
+        raise Refused(what, hint="switch kernel TLS off in the application" if ulp == "tls" else None)
+
+
+def _why_not(sock: socket.socket, error: OSError) -> Error:
+    """The reason behind a refused TCP_REPAIR: the socket's own, else the missing privilege."""
+    if error.errno == errno.EBADF:
+        return NotFound("the descriptor is not open")
+    try:
+        _refuse_unless_movable(sock)
+    except Refused as refused:
+        return refused
+    return from_oserror("TCP_REPAIR", error)

@@ -1,0 +1,232 @@
+"""Record to socket: silent restore, activate, discard.
+
+The order of the calls in `restore` is the contract with the kernel:
+
+1. Buffer sizes while the socket is fresh: the windows that connect() computes come from them.
+2. TCP_REPAIR on (it also lets bind() stand beside a listener and sister connections), where the queues begin, and
+   TCP_MAXSEG: without it connect() starts from the 536 bytes of RFC 9293 and stays there for a long while.
+3. bind and connect, which in repair mode send nothing and give ESTABLISHED.
+4. What was negotiated, then the timestamp.
+5. The receive queue, then the part of the send queue that was sent: written in repair mode it counts as sent.
+6. No queue, then the windows; FINs as the state asks for. The socket is now silent.
+
+`activate` leaves repair mode and hands the rest of the send queue to the kernel as any application would.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from migrate.checkpoint import HasFileno
+from migrate.errors import Conflict, Error, HostError, Refused, from_oserror
+from migrate.ici import Ici
+from migrate.kernel import sockopt, uapi
+from migrate.tcpstate import TcpState
+
+__all__ = ["Restored", "activate", "discard", "restore"]
+
+_CHUNK = 1 << 20  # bytes of a queue given to one send()
+_SMALLEST_CHUNK = 1 << 10
+_MAXSEG_LIMIT = 32767  # MAX_TCP_WINDOW in include/net/tcp.h: the most TCP_MAXSEG takes
+_TRUESIZE = 4  # a queued byte's share of SO_SNDBUF and SO_RCVBUF at worst: headers and half-filled pages
+_MAPPED = bytes(10) + b"\xff\xff"
+
+
+class Restored(socket.socket):
+    """A rebuilt socket. ``record`` is what it was made from until it is activated, then None."""
+
+    __slots__ = ("record",)
+
+    record: Ici | None
+
+
+def restore(ici: Ici, *, activate: bool = True) -> socket.socket:
+    """The connection, rebuilt in this thread's network namespace; blocking and close-on-exec.
+
+    With ``activate=False`` it is silent: no segment leaves, closing it tells nobody, until `activate`.
+
+    Raises Conflict if the four-tuple exists here, HostError if its address does not, PrivilegeError, KernelError.
+    After an error nothing is left.
+    """
+    family = socket.AF_INET if ici.family == 4 else socket.AF_INET6
+    try:
+        sock = Restored(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    except OSError as error:
+        raise from_oserror("making a socket", error, hint=_descriptor_hint(error)) from None
+    try:
+        sock.record = ici
+        _rebuild(sock, ici)
+        if activate:
+            _activate(sock, ici)
+    except BaseException as error:
+        discard(sock)
+        if isinstance(error, OSError):
+            raise from_oserror(f"restoring {ici.four_tuple}", error) from None
+        raise
+    return sock
+
+
+def activate(sock: HasFileno) -> None:
+    """From here the socket speaks. It must come from ``restore(…, activate=False)``."""
+    if not isinstance(sock, Restored) or sock.record is None:
+        raise Refused("it is not a silent restored socket")
+    try:
+        _activate(sock, sock.record)
+    except OSError as error:
+        raise from_oserror("activating a restored connection", error) from None
+
+
+def discard(sock: HasFileno) -> None:
+    """Close a silent socket without a packet. Harmless for one that is closed already."""
+    if isinstance(sock, socket.socket):
+        if sock.fileno() >= 0:
+            _silence(sock)
+        sock.close()
+        return
+    raise Refused("only a restored socket can be discarded")
+
+
+def _silence(sock: socket.socket) -> None:
+    try:
+        sockopt.enter_repair(sock)
+    except OSError:
+        # Without the privilege there is no repaired socket either: an unconnected one is silent anyway.
+        return
+
+
+def _rebuild(sock: socket.socket, ici: Ici) -> None:
+    if ici.state not in (TcpState.ESTABLISHED, TcpState.CLOSE_WAIT):
+        raise Refused(f"a connection in {TcpState(ici.state).name} cannot be rebuilt")
+    fin_received = 1 if ici.state == TcpState.CLOSE_WAIT else 0
+    data_end = ici.rcv_nxt - fin_received
+    _fit_buffers(sock, ici)
+    try:
+        sockopt.enter_repair(sock)
+    except OSError as error:
+        raise from_oserror("TCP_REPAIR", error) from None
+    sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
+    sockopt.set_queue_start(sock, ici.snd_una)
+    sockopt.select_queue(sock, uapi.TCP_RECV_QUEUE)
+    sockopt.set_queue_start(sock, data_end - len(ici.received))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, min(ici.mss_clamp, _MAXSEG_LIMIT))
+    _connect(sock, ici)
+    sockopt.set_repair_options(
+        sock,
+        sockopt.repair_options(
+            mss=ici.mss_clamp,
+            scales=(ici.snd_wscale, ici.rcv_wscale) if ici.snd_wscale >= 0 else None,
+            sack=ici.sack,
+            timestamps=ici.timestamps > 0,
+        ),
+    )
+    if ici.timestamps:
+        sockopt.set_timestamp(sock, ici.ts_value & ~1 | (ici.timestamps == 2))
+    if ici.received:
+        _fill(sock, ici.received)  # the receive queue is still selected
+    if ici.sent:
+        sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
+        _fill(sock, ici.sent)
+    sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
+    sockopt.set_window(
+        sock,
+        sockopt.RepairWindow(
+            ici.snd_wl1,
+            ici.snd_wnd,
+            ici.max_window,
+            ici.rcv_wnd + fin_received,
+            (ici.rcv_wup - fin_received) & 0xFFFFFFFF,
+        ),
+    )
+
+
+def _activate(sock: Restored, ici: Ici) -> None:
+    # The probe makes the peer repeat its window and what it has received. It is needed where segments or an
+    # opening of the peer's window may have been lost, and costs most of the time of leaving repair mode.
+    sockopt.leave_repair(sock, probe=bool(ici.sent or ici.unsent))
+    if ici.unsent:
+        _send_unsent(sock, ici.unsent)
+    sock.record = None
+
+
+def _connect(sock: socket.socket, ici: Ici) -> None:
+    local, remote = _addresses(ici)
+    try:
+        sock.bind(local)
+    except OSError as error:
+        raise _bind_error(ici, error) from None
+    try:
+        sock.connect(remote)
+    except OSError as error:
+        raise _connect_error(ici, error) from None
+
+
+def _addresses(ici: Ici) -> tuple[tuple[str, int], tuple[str, int]]:
+    if ici.family == 4:
+        return (socket.inet_ntoa(ici.local), ici.local_port), (socket.inet_ntoa(ici.remote), ici.remote_port)
+    local, remote = ((_MAPPED + a if len(a) == 4 else a) for a in (ici.local, ici.remote))
+    return (
+        (socket.inet_ntop(socket.AF_INET6, local), ici.local_port),
+        (socket.inet_ntop(socket.AF_INET6, remote), ici.remote_port),
+    )
+
+
+def _bind_error(ici: Ici, error: OSError) -> Error:
+    address = str(ici.four_tuple).partition(",")[0]
+    if error.errno == errno.EADDRNOTAVAIL:
+        return HostError(
+            f"restoring {ici.four_tuple}: this host does not have the address of {address}",
+            hint="let the address move first (ip address add …, or --steer vip:DEV)",
+        )
+    if error.errno == errno.EADDRINUSE:
+        return Conflict(f"restoring {ici.four_tuple}: {address} is in use here")
+    return from_oserror(f"binding {address}", error)
+
+
+def _connect_error(ici: Ici, error: OSError) -> Error:
+    if error.errno in (errno.EADDRNOTAVAIL, errno.EADDRINUSE):
+        return Conflict(f"restoring {ici.four_tuple}: this connection exists here already")
+    if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+        return HostError(
+            f"restoring {ici.four_tuple}: no route to the peer",
+            hint="see `ip route get` for the peer's address on this host",
+        )
+    return from_oserror(f"connecting {ici.four_tuple}", error)
+
+
+def _fit_buffers(sock: socket.socket, ici: Ici) -> None:
+    """Room for the queues, as send() would else block for ever; the kernel doubles what it is told."""
+    if ici.sent or ici.unsent:
+        _at_least(sock, socket.SO_SNDBUF, uapi.SO_SNDBUFFORCE, (len(ici.sent) + len(ici.unsent)) * _TRUESIZE)
+    if ici.received:
+        _at_least(sock, socket.SO_RCVBUF, uapi.SO_RCVBUFFORCE, len(ici.received) * _TRUESIZE)
+
+
+def _at_least(sock: socket.socket, option: int, force: int, size: int) -> None:
+    if sock.getsockopt(socket.SOL_SOCKET, option) < size:
+        sock.setsockopt(socket.SOL_SOCKET, force, min(size // 2, 0x3FFFFFFF))
+
+
+def _fill(sock: socket.socket, data: bytes) -> None:
+    """Write a queue in repair mode. Memory may be short for large pieces: halve them, down to a kilobyte."""
+    view, chunk = memoryview(data), _CHUNK
+    while view:
+        try:
+            view = view[sock.send(view[:chunk], socket.MSG_DONTWAIT) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOMEM, errno.EAGAIN) or chunk <= _SMALLEST_CHUNK:
+                raise
+            chunk //= 2
+
+
+def _send_unsent(sock: socket.socket, data: bytes) -> None:
+    """The rest of the send queue, which fits into the buffer that was sized for it."""
+    view = memoryview(data)
+    while view:
+        view = view[sock.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+
+
+def _descriptor_hint(error: OSError) -> str | None:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n, LimitNOFILE=)"
+    return None
