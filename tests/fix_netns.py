@@ -10,6 +10,9 @@
         server = a.popen(["cat"])          # ended with the test at the latest
         with a.entered():                  # this thread's new sockets belong to that host
             socket.create_server((a.ip4, 80))
+        with net.capture("client") as wire:
+            ...
+        assert not wire.rsts and not wire.retransmissions
 
 Every LAN has a bridge of its own, so all use the same addresses: 10.0.0.1/24 and fd00::1/64 for the first host and so
 on, 10.0.0.100 and fd00::100 float. Names carry this process's id; what a killed run left behind is swept at the start.
@@ -22,7 +25,6 @@ import itertools
 import os
 import re
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,8 @@ from typing import IO, Any
 import pytest
 
 from migrate.kernel import netns
+from tests.capture import Capture
+from tests.waiting import until
 
 PREFIX = "tcpmig"
 NAMED = Path("/run/netns")  # where iproute2 binds the names
@@ -172,10 +176,8 @@ class Lan:
         self._await_ports()
 
     def _await_ports(self) -> None:
-        show, deadline = ["bridge", "-n", self.bridge_netns, "link"], time.monotonic() + 10
-        while subprocess.check_output(show, text=True).count("state forwarding") < len(self.hosts):
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{self.bridge_netns}: a port does not forward")
+        show = ["bridge", "-n", self.bridge_netns, "link"]
+        until(lambda: subprocess.check_output(show, text=True).count("state forwarding") == len(self.hosts))
 
     def _namespaces(self) -> list[str]:
         return [self.bridge_netns, *(host.netns for host in self.hosts.values())]
@@ -201,6 +203,11 @@ class Lan:
         prefix, nodad = (64, "nodad") if ":" in address else (24, "")
         ip([f"address {verb} {address}/{prefix} dev {host.dev} {nodad if verb == 'add' else ''}"], namespace=host.netns)
 
+    def capture(self, host: Host | str) -> Capture:
+        """Context manager that captures the TCP segments on a host's wire: ``.segments .rsts .retransmissions``."""
+        host = self.host(host) if isinstance(host, str) else host
+        return Capture(host.netns, host.dev)
+
     def close(self) -> None:
         """End the processes, remove the namespaces; the links vanish with them."""
         for host in self.hosts.values():
@@ -225,7 +232,11 @@ def lan() -> Iterator[LanFactory]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _sweep() -> None:
+def _swept() -> None:
+    sweep()
+
+
+def sweep() -> None:
     """Remove the namespaces of runs that were killed."""
     stale = []
     for name in os.listdir(NAMED) if NAMED.is_dir() else []:
