@@ -113,7 +113,7 @@ def _read(sock: socket.socket, info: bytes) -> Ici:
     scales = tcpinfo.scales(wscales) if bits & uapi.TCPI_OPT_WSCALE else (-1, -1)
     local, remote = sock.getsockname(), sock.getpeername()
     host, kernel = _origin()
-    record = Ici(
+    return Ici(
         family=4 if sock.family == socket.AF_INET else 6,
         local=_packed(local[0]),
         local_port=local[1],
@@ -147,7 +147,6 @@ def _read(sock: socket.socket, info: bytes) -> Ici:
         unsent=unsent,
         received=received,
     )
-    return record
 
 
 def thaw(sock: HasFileno) -> None:

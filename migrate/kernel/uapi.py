@@ -2,43 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "IPPROTO_MPTCP",
-    "TCP_ULP",
-    "IP_TRANSPARENT",
-    "IPV6_TRANSPARENT",
-    "SIOCINQ",
-    "SIOCOUTQ",
-    "SIOCOUTQNSD",
-    "SO_BUF_LOCK",
-    "SO_COOKIE",
-    "SO_MEMINFO",
-    "SO_PEEK_OFF",
-    "SO_RCVBUFFORCE",
-    "SO_SNDBUFFORCE",
-    "TCPI_OPT_ECN",
-    "TCPI_OPT_SACK",
-    "TCPI_OPT_TIMESTAMPS",
-    "TCPI_OPT_USEC_TS",
-    "TCPI_OPT_WSCALE",
-    "TCPOPT_MSS",
-    "TCPOPT_SACK_PERMITTED",
-    "TCPOPT_TIMESTAMP",
-    "TCPOPT_WINDOW",
-    "TCP_NO_QUEUE",
-    "TCP_QUEUE_SEQ",
-    "TCP_RECV_QUEUE",
-    "TCP_REPAIR",
-    "TCP_REPAIR_OFF",
-    "TCP_REPAIR_OFF_NO_WP",
-    "TCP_REPAIR_ON",
-    "TCP_REPAIR_OPTIONS",
-    "TCP_REPAIR_QUEUE",
-    "TCP_REPAIR_WINDOW",
-    "TCP_SEND_QUEUE",
-    "TCP_TIMESTAMP",
-]
-
 # include/uapi/linux/tcp.h: options at IPPROTO_TCP, and their values
 TCP_REPAIR = 19
 TCP_REPAIR_QUEUE = 20
