@@ -27,7 +27,7 @@ from migrate.ici import Ici
 from migrate.kernel import sockopt, tcpinfo, uapi
 from migrate.tcpstate import TcpState
 
-__all__ = ["HasFileno", "borrowed", "check", "dump", "release", "thaw"]
+__all__ = ["HasFileno", "borrowed", "check", "dump", "obstacle", "release", "thaw"]
 
 
 class HasFileno(Protocol):
@@ -108,7 +108,7 @@ def _read(sock: socket.socket, info: bytes) -> Ici:
         received = _peek_received(sock)
     sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
 
-    windows = sockopt.window(sock)
+    snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup = sockopt.window(sock)
     stamps = bits & uapi.TCPI_OPT_TIMESTAMPS
     scales = tcpinfo.scales(wscales) if bits & uapi.TCPI_OPT_WSCALE else (-1, -1)
     local, remote = sock.getsockname(), sock.getpeername()
@@ -122,11 +122,11 @@ def _read(sock: socket.socket, info: bytes) -> Ici:
         state=state,
         snd_una=(write_seq - outstanding) & 0xFFFFFFFF,
         rcv_nxt=rcv_nxt,
-        snd_wl1=windows.snd_wl1,
-        snd_wnd=windows.snd_wnd,
-        max_window=windows.max_window,
-        rcv_wnd=windows.rcv_wnd,
-        rcv_wup=windows.rcv_wup,
+        snd_wl1=snd_wl1,
+        snd_wnd=snd_wnd,
+        max_window=max_window,
+        rcv_wnd=rcv_wnd,
+        rcv_wup=rcv_wup,
         mss_clamp=sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG),
         mss=mss,
         snd_wscale=scales[0],
@@ -135,7 +135,7 @@ def _read(sock: socket.socket, info: bytes) -> Ici:
         timestamps=(2 if bits & uapi.TCPI_OPT_USEC_TS else 1) if stamps else 0,
         ts_value=sockopt.timestamp(sock) if stamps else 0,
         ecn=1 if bits & uapi.TCPI_OPT_ECN else 0,
-        congestion=sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).partition(b"\0")[0].decode("ascii"),
+        congestion=sockopt.congestion(sock),
         cwnd=cwnd,
         ssthresh=ssthresh,
         srtt_us=rtt,
@@ -153,8 +153,7 @@ def thaw(sock: HasFileno) -> None:
     """Back to life here, as if nothing had been."""
     with borrowed(sock) as real:
         try:
-            probe = sockopt.state(real) == TcpState.ESTABLISHED
-            sockopt.leave_repair(real, probe=probe)
+            sockopt.leave_repair(real, probe=True)
         except OSError as error:
             raise from_oserror("thawing a connection", error) from None
 
@@ -235,27 +234,40 @@ def borrowed(sock: HasFileno) -> Iterator[socket.socket]:
         over.detach()
 
 
+def obstacle(state: int, *, multipath: bool = False, upper_layer: str = "") -> Refused | None:
+    """Why a TCP connection in that state cannot be moved, or None if it can.
+
+    ``upper_layer`` is the name that TCP_ULP gives ("tls" for TLS in the kernel), empty for none.
+    """
+    if multipath:
+        return Refused(
+            "it is a Multipath TCP socket, which the kernel cannot repair",
+            hint="have the server listen with plain TCP (for Go programs GODEBUG=multipathtcp=0)",
+        )
+    if state not in _MOVABLE:
+        known = TcpState(state)
+        return Refused(f"it is in {known.name}: {_REASONS.get(known, 'this state is not moved yet')}")
+    if upper_layer == "tls":
+        return Refused("its TLS keys live in the kernel (kTLS)", hint="switch kernel TLS off in the application")
+    if upper_layer:
+        return Refused(f"its upper layer {upper_layer!r} lives in the kernel, which gives no copy of it")
+    return None
+
+
 def _refuse_unless_movable(sock: socket.socket) -> None:
     if sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
         raise Refused("it is no TCP socket")
     try:
         protocol = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
-        if protocol == uapi.IPPROTO_MPTCP:
-            raise Refused(
-                "it is a Multipath TCP socket, which the kernel cannot repair",
-                hint="have the server listen with plain TCP (GODEBUG=multipathtcp=0, or the program's own switch)",
-            )
-        if protocol != socket.IPPROTO_TCP:
+        multipath = protocol == uapi.IPPROTO_MPTCP
+        if not multipath and protocol != socket.IPPROTO_TCP:
             raise Refused("it is no TCP socket")
-        state = TcpState(sockopt.state(sock))
-        ulp = sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_ULP, 16).rstrip(b"\0").decode("ascii", "replace")
+        state = sockopt.state(sock)
+        refused = obstacle(state, multipath=multipath, upper_layer="" if multipath else sockopt.upper_layer(sock))
     except OSError as error:
         raise from_oserror("looking at a connection", error) from None
-    if state not in _MOVABLE:
-        raise Refused(f"it is in {state.name}: {_REASONS.get(state, 'this state is not moved yet')}")
-    if ulp:
-        what = "TLS keys live in the kernel (kTLS)" if ulp == "tls" else f"the upper layer {ulp!r} lives in the kernel"
-        raise Refused(what, hint="switch kernel TLS off in the application" if ulp == "tls" else None)
+    if refused is not None:
+        raise refused
 
 
 def _why_not(sock: socket.socket, error: OSError) -> Error:

@@ -128,16 +128,8 @@ def _rebuild(sock: socket.socket, ici: Ici) -> None:
         sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
         _fill(sock, ici.sent)
     sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
-    sockopt.set_window(
-        sock,
-        sockopt.RepairWindow(
-            ici.snd_wl1,
-            ici.snd_wnd,
-            ici.max_window,
-            ici.rcv_wnd + fin_received,
-            (ici.rcv_wup - fin_received) & 0xFFFFFFFF,
-        ),
-    )
+    rcv_wup = (ici.rcv_wup - fin_received) & 0xFFFFFFFF
+    sockopt.set_window(sock, ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd + fin_received, rcv_wup)
 
 
 def _activate(sock: Restored, ici: Ici) -> None:

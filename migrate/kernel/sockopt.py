@@ -20,12 +20,11 @@ import os
 import socket
 import struct
 from fcntl import ioctl
-from typing import NamedTuple
 
 from migrate.kernel import uapi
 
 __all__ = [
-    "RepairWindow",
+    "congestion",
     "disconnect",
     "enter_repair",
     "leave_repair",
@@ -43,6 +42,7 @@ __all__ = [
     "tcp_info",
     "timestamp",
     "unsent_length",
+    "upper_layer",
     "window",
 ]
 
@@ -51,22 +51,13 @@ _TCP_INFO_BYTES = 232  # up to tcpi_snd_wnd: what Linux 5.4 fills
 _INT = struct.Struct("=i")
 _UNSIGNED = struct.Struct("=I")
 _WINDOW = struct.Struct("=5I")  # struct tcp_repair_window
+_MEMINFO = struct.Struct("=9I")  # SK_MEMINFO_*
 _OPTION = struct.Struct("=II")  # struct tcp_repair_opt
 _FOUR = bytes(4)
 _UNSPEC = bytes(16)  # struct sockaddr, sa_family AF_UNSPEC
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.connect.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
-
-
-class RepairWindow(NamedTuple):
-    """struct tcp_repair_window: sequence numbers and bytes after scaling."""
-
-    snd_wl1: int
-    snd_wnd: int
-    max_window: int
-    rcv_wnd: int
-    rcv_wup: int
 
 
 def state(sock: socket.socket) -> int:
@@ -116,7 +107,7 @@ def set_queue_start(sock: socket.socket, sequence: int) -> None:
 
 def meminfo(sock: socket.socket) -> tuple[int, ...]:
     """SO_MEMINFO: (rmem_alloc, rcvbuf, wmem_alloc, sndbuf, fwd_alloc, wmem_queued, …) in bytes (sock_diag.h)."""
-    return struct.unpack("=9I", sock.getsockopt(socket.SOL_SOCKET, uapi.SO_MEMINFO, 36))
+    return _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, uapi.SO_MEMINFO, 36))
 
 
 def queue_lengths(sock: socket.socket) -> tuple[int, int]:
@@ -140,14 +131,24 @@ def peek(sock: socket.socket, length: int) -> bytes:
     return sock.recv(length, socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
 
-def window(sock: socket.socket) -> RepairWindow:
-    """TCP_REPAIR_WINDOW; only in repair mode."""
-    return RepairWindow._make(_WINDOW.unpack(sock.getsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, _WINDOW.size)))
+def window(sock: socket.socket) -> tuple[int, ...]:
+    """TCP_REPAIR_WINDOW: (snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup), windows in bytes; only in repair mode."""
+    return _WINDOW.unpack(sock.getsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, 20))
 
 
-def set_window(sock: socket.socket, values: RepairWindow) -> None:
+def set_window(sock: socket.socket, snd_wl1: int, snd_wnd: int, max_window: int, rcv_wnd: int, rcv_wup: int) -> None:
     """EINVAL where max_window < snd_wnd or rcv_wup lies after rcv_nxt."""
-    sock.setsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, _WINDOW.pack(*values))
+    sock.setsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, _WINDOW.pack(snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup))
+
+
+def congestion(sock: socket.socket) -> str:
+    """TCP_CONGESTION: the name of the congestion control."""
+    return sock.getsockopt(_TCP, socket.TCP_CONGESTION, 16).partition(b"\0")[0].decode("ascii")
+
+
+def upper_layer(sock: socket.socket) -> str:
+    """TCP_ULP: the name of the protocol that the kernel runs above TCP ("tls"), or empty."""
+    return sock.getsockopt(_TCP, uapi.TCP_ULP, 16).partition(b"\0")[0].decode("ascii", "replace")
 
 
 def timestamp(sock: socket.socket) -> int:
