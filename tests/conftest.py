@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-pytest_plugins = ["tests.fix_netns"]
+pytest_plugins = ["tests.fix_netns", "tests.fix_programs"]
 
 
 def pytest_sessionstart() -> None:

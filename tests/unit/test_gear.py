@@ -46,7 +46,7 @@ def test_capture_counts_resets_and_retransmissions(lan: LanFactory) -> None:
             ["nft", "add table ip t; add chain ip t in { type filter hook input priority 0; }; add rule ip t in drop"]
         )
         here.sendall(b"x" * 10)
-        assert until(lambda: [s.length for s in wire.retransmissions]) == [10]
+        assert until(lambda: {s.length for s in wire.retransmissions}) == {10}
         a.run(["nft", "flush", "ruleset"])
         assert there.recv(10) == b"x" * 10
         here.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
