@@ -129,7 +129,7 @@ def _rebuild(sock: socket.socket, ici: Ici) -> None:
         _fill(sock, ici.sent)
     sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
     rcv_wup = (ici.rcv_wup - fin_received) & 0xFFFFFFFF
-    sockopt.set_window(sock, ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd + fin_received, rcv_wup)
+    sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd + fin_received, rcv_wup))
 
 
 def _activate(sock: Restored, ici: Ici) -> None:

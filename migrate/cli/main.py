@@ -57,9 +57,7 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def main(
-    words: Sequence[str] | None = None, *, stdout: TextIO | None = None, stderr: TextIO | None = None
-) -> int:
+def main(words: Sequence[str] | None = None, *, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
     """Run one command line; the exit code."""
     words = sys.argv[1:] if words is None else list(words)
     verb = next((word for word in words if word in VERBS), "")

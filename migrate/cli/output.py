@@ -29,7 +29,8 @@ class Output:
         """Aligned columns, for people only."""
         widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
         for row in [headings, *rows]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), file=self.stdout)
+            line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            print(line.rstrip(), file=self.stdout)
 
     def say(self, text: str) -> None:
         """Narration."""

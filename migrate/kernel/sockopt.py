@@ -27,6 +27,7 @@ __all__ = [
     "congestion",
     "disconnect",
     "enter_repair",
+    "in_repair",
     "leave_repair",
     "meminfo",
     "peek",
@@ -73,6 +74,11 @@ def tcp_info(sock: socket.socket) -> bytes:
 def enter_repair(sock: socket.socket) -> None:
     """Repair mode: no segment leaves because of a call on this socket; the application's reads and writes fail."""
     sock.setsockopt(_TCP, uapi.TCP_REPAIR, uapi.TCP_REPAIR_ON)
+
+
+def in_repair(sock: socket.socket) -> bool:
+    """Whether it is in repair mode."""
+    return sock.getsockopt(_TCP, uapi.TCP_REPAIR) == uapi.TCP_REPAIR_ON
 
 
 def leave_repair(sock: socket.socket, *, probe: bool) -> None:
@@ -136,9 +142,9 @@ def window(sock: socket.socket) -> tuple[int, ...]:
     return _WINDOW.unpack(sock.getsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, 20))
 
 
-def set_window(sock: socket.socket, snd_wl1: int, snd_wnd: int, max_window: int, rcv_wnd: int, rcv_wup: int) -> None:
-    """EINVAL where max_window < snd_wnd or rcv_wup lies after rcv_nxt."""
-    sock.setsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, _WINDOW.pack(snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup))
+def set_window(sock: socket.socket, values: tuple[int, int, int, int, int]) -> None:
+    """TCP_REPAIR_WINDOW, in the order that `window` gives. EINVAL where max_window < snd_wnd or rcv_wup lies after rcv_nxt."""
+    sock.setsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, _WINDOW.pack(*values))
 
 
 def congestion(sock: socket.socket) -> str:

@@ -1,0 +1,194 @@
+"""tcpmig dump: take connections out of running processes, into a file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+from migrate import quiet
+from migrate.checkpoint import check, dump, obstacle, release, thaw
+from migrate.cli import selector
+from migrate.cli.guard import Guard, linger
+from migrate.cli.main import PARTIAL
+from migrate.cli.output import Output
+from migrate.cli.recordfile import RecordFile
+from migrate.errors import Error, NotFound, Refused, UsageError
+from migrate.hold import Hold
+from migrate.ici import FourTuple, Ici
+from migrate.kernel import pidfd, sockopt
+
+__all__ = ["add_arguments", "run"]
+
+_MARGIN = 30.0  # seconds by which the kernel's own timeout of a hold outlasts the guard's
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Selectors, where to, and how."""
+    selector.add_arguments(parser)
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="file to make (0600), or - for stdout")
+    parser.add_argument("--leave-running", action="store_true", help="copy the connection and let it run on")
+    parser.add_argument(
+        "--hold",
+        metavar="SECONDS",
+        type=_seconds,
+        default=60.0,
+        help="afterwards, keep this host from answering the peer that long (60)",
+    )
+    parser.add_argument(
+        "--when-quiet",
+        metavar="SECONDS",
+        type=_seconds,
+        help="wait, at most that long, until the owner has answered everything it has read",
+    )
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 86400 seconds")
+    return value
+
+
+def run(arguments: argparse.Namespace, output: Output) -> int:
+    """Find, hold, freeze, save, release."""
+    chosen = selector.from_arguments(arguments)
+    if chosen.empty:
+        raise UsageError("which connections?", hint="give CONN or one of --local, --remote, --state, --pid")
+    found = selector.find(chosen)
+    if not found:
+        raise NotFound("no connection here matches", hint="tcpmig list shows them")
+    failures: list[tuple[str, Error]] = []
+    with ExitStack() as opened:
+        sockets = _take(found, opened, failures, output)
+        if not sockets and len(failures) == 1:
+            raise failures[0][1]
+        records = _save(sockets, arguments, output, failures) if sockets else 0
+    for name, error in failures:
+        output.data(f"{name}: {error}", {"connection": name, "ok": False, "reason": str(error)})
+    if not failures:
+        return 0
+    return PARTIAL if records else 1
+
+
+def _take(
+    found: Sequence[selector.Found], opened: ExitStack, failures: list[tuple[str, Error]], output: Output
+) -> dict[FourTuple, socket.socket]:
+    """A descriptor of each connection, out of one of its owners; nothing is touched yet."""
+    sockets: dict[FourTuple, socket.socket] = {}
+    processes: dict[int, int] = {}
+    for connection, owners in found:
+        name = str(connection.four_tuple)
+        try:
+            if not owners:
+                raise obstacle(connection.state) or Refused("no process has it open")
+            owner = owners[0]
+            if owner.pid not in processes:
+                processes[owner.pid] = pidfd.open_process(owner.pid)
+                opened.callback(os.close, processes[owner.pid])
+            sock = opened.enter_context(socket.socket(fileno=pidfd.get_fd(processes[owner.pid], owner.fd)))
+            check(sock)
+        except Error as error:
+            failures.append((name, error))
+            continue
+        if len(owners) > 1:
+            others = ", ".join(f"{o.comm} (pid {o.pid}, fd {o.fd})" for o in owners)
+            output.warn(f"{name} has several owners, all lose it: {others}")
+        sockets[connection.four_tuple] = sock
+    return sockets
+
+
+def _save(
+    sockets: dict[FourTuple, socket.socket],
+    arguments: argparse.Namespace,
+    output: Output,
+    failures: list[tuple[str, Error]],
+) -> int:
+    """Freeze and write; the number of connections saved."""
+    with RecordFile(arguments.output) as file:
+        hold = Hold(timeout=arguments.hold + _MARGIN)
+        try:
+            guard = Guard(lambda told: _finish(told or file.committed(), sockets, hold, file, arguments.hold))
+        except Error:
+            hold.lift()
+            raise
+        try:
+            records = _freeze(sockets, hold, arguments.when_quiet, output, failures)
+            if records and not arguments.leave_running:
+                file.write(records)
+                file.commit()
+                guard.commit()
+                for record in records:
+                    release(sockets[record.four_tuple])
+        finally:
+            # The guard finishes: with a commit it keeps the hold, without it thaws, replays what arrived, and ends.
+            hold.disown()
+            guard.dismiss(wait=arguments.leave_running or not file.committed())
+        if records and arguments.leave_running:
+            file.write(records)
+            file.commit()
+    for record in records:
+        if arguments.output == "-":
+            output.say(f"{record.four_tuple}: saved")
+        else:
+            output.data(
+                f"{record.four_tuple}: saved to {arguments.output}",
+                {"connection": str(record.four_tuple), "ok": True, "file": arguments.output},
+            )
+    return len(records)
+
+
+def _finish(
+    committed: bool, sockets: dict[FourTuple, socket.socket], hold: Hold, file: RecordFile, seconds: float
+) -> None:
+    """In the guard, once the dump is over or dead: with complete records in their place release, without them thaw."""
+    for sock in sockets.values():
+        # One connection's failure must not keep the others from being finished; what is not frozen needs nothing.
+        with contextlib.suppress(Error, OSError):
+            if sockopt.in_repair(sock):
+                (release if committed else thaw)(sock)
+        sock.close()
+    if committed:
+        file.close()
+        linger(hold, seconds)
+    else:
+        hold.lift()
+        file.remove()
+
+
+def _freeze(
+    sockets: dict[FourTuple, socket.socket],
+    hold: Hold,
+    when_quiet: float | None,
+    output: Output,
+    failures: list[tuple[str, Error]],
+) -> list[Ici]:
+    """Hold and dump, at once or as each connection becomes quiet."""
+    records: list[Ici] = []
+    missed = set(sockets)
+    for group in _groups(sockets, hold, when_quiet):
+        for key in group:
+            missed.discard(key)
+            try:
+                record = dump(sockets[key])
+            except Error as error:
+                failures.append((str(key), error))
+                hold.remove([key])
+                continue
+            if record.received and when_quiet is None:
+                output.warn(f"{key} is busy: what its owner has read and not answered stays with the owner")
+            records.append(record)
+    failures += [(str(key), Refused("it was never quiet", hint="give --when-quiet more seconds")) for key in missed]
+    return records
+
+
+def _groups(sockets: dict[FourTuple, socket.socket], hold: Hold, when_quiet: float | None) -> Iterator[list[FourTuple]]:
+    if when_quiet is None:
+        hold.add(list(sockets))
+        yield list(sockets)
+        return
+    for group, _ in quiet.rounds(sockets, hold, seconds=when_quiet):
+        yield group

@@ -1,0 +1,138 @@
+"""Quiet points: moments at which an unmodified request-response server has nothing of a connection in its own memory.
+
+A connection is quiet when nothing is unread, nothing waits to be sent for the first time, and the last data on it was
+the owner's answer and not a request. The kernel tells the times of the last data sent and received in milliseconds,
+counted in its own ticks (4 ms at 250 Hz), so "within the same tick" is the usual case of a quick answer. Three
+observations settle which came last, the strongest first:
+
+- the owner sent something while arriving segments were held: nothing can have come after it;
+- the last sending is younger than the last receiving;
+- both are equally old, and long ago: an owner that meant to answer would have done so (``PATIENCE``).
+
+It stays a heuristic: an answer in several parts with a pause between them, a request that the owner has read in half,
+a server that speaks first, look quiet too.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Protocol
+
+from migrate.ici import FourTuple
+from migrate.kernel import sockopt, tcpinfo
+
+__all__ = ["Activity", "observe", "quiet", "rounds"]
+
+SETTLE = 0.012  # seconds without a new byte sent; three ticks at 250 Hz
+PATIENCE = 0.120  # seconds after which an answer is no longer expected
+PAUSE = 0.004  # seconds between two looks
+_STEP = 0.020  # seconds to let everything run between two attempts
+
+_read = tcpinfo.reader("last_data_sent", "last_data_recv", "bytes_received", "notsent_bytes", "bytes_sent")
+
+
+class Activity(NamedTuple):
+    """What a connection did last."""
+
+    unread: int  # bytes
+    notsent: int  # bytes
+    sent_ago: int  # milliseconds
+    received_ago: int  # milliseconds
+    bytes_received: int
+    bytes_sent: int
+
+
+class Holding(Protocol):
+    """What is needed of a `migrate.hold.Hold`."""
+
+    def add(self, tuples: list[FourTuple], *, outgoing: bool = True) -> None: ...
+    def remove(self, tuples: list[FourTuple]) -> None: ...
+
+
+def observe(sock: socket.socket) -> Activity:
+    """Look at a connection; raises OSError if it ended."""
+    sent_ago, received_ago, bytes_received, notsent, bytes_sent = _read(sockopt.tcp_info(sock))
+    return Activity(sockopt.queue_lengths(sock)[0], notsent, sent_ago, received_ago, bytes_received, bytes_sent)
+
+
+def quiet(before: Activity, now: Activity, *, settled: float) -> bool:
+    """Whether a connection that was ``before`` when its arriving segments were first held is quiet ``now``.
+
+    ``settled`` is the time in seconds for which bytes_sent has not changed since.
+    """
+    if now.unread or now.notsent or settled < SETTLE:
+        return False
+    if now.bytes_received == 0 or now.bytes_sent > before.bytes_sent:
+        return True
+    if now.sent_ago != now.received_ago:
+        return now.sent_ago < now.received_ago
+    return now.sent_ago >= PATIENCE * 1000
+
+
+def rounds(
+    sockets: Mapping[FourTuple, socket.socket], hold: Holding, *, seconds: float
+) -> Iterator[tuple[list[FourTuple], bool]]:
+    """Within ``seconds``, yield those that became quiet, held on both sides, and whether more may follow.
+
+    The caller takes what was yielded before it asks for more. Those not quiet in an attempt are let go (what was kept
+    for them is replayed) and tried again. What ended, or never became quiet, is not yielded and not held at the end.
+    """
+    waiting = dict(sockets)
+    deadline = time.monotonic() + seconds
+    while waiting:
+        promising = [key for key, sock in waiting.items() if _promising(sock)]
+        ready = _attempt({key: waiting[key] for key in promising}, hold) if promising else []
+        for key in ready:
+            del waiting[key]
+        more = bool(waiting) and time.monotonic() < deadline
+        if ready:
+            hold.add(ready, outgoing=True)
+            yield ready, more
+        if not more:
+            return
+        select.select((), (), (), _STEP)
+
+
+def _promising(sock: socket.socket) -> bool:
+    """Not worth holding while there is something to read: the owner will be busy with it."""
+    try:
+        return observe(sock).unread == 0
+    except OSError:
+        return False
+
+
+def _attempt(sockets: dict[FourTuple, socket.socket], hold: Holding) -> list[FourTuple]:
+    """Hold what arrives, wait until each is settled, let the others go."""
+    keys = list(sockets)
+    hold.add(keys, outgoing=False)
+    first: dict[FourTuple, Activity] = {}
+    last: dict[FourTuple, tuple[int, float]] = {}  # bytes_sent, and when it changed
+    ready: list[FourTuple] = []
+    limit = time.monotonic() + 4 * SETTLE
+    while True:
+        now = time.monotonic()
+        undecided = 0
+        ready = []
+        for key, sock in sockets.items():
+            try:
+                activity = observe(sock)
+            except OSError:
+                continue
+            started = first.setdefault(key, activity)
+            sent, since = last.get(key, (activity.bytes_sent, now))
+            if activity.bytes_sent != sent:
+                since = now
+            last[key] = (activity.bytes_sent, since)
+            if quiet(started, activity, settled=now - since):
+                ready.append(key)
+            else:
+                undecided += 1
+        if not undecided or now >= limit:
+            break
+        select.select((), (), (), PAUSE)
+    chosen = set(ready)
+    hold.remove([key for key in keys if key not in chosen])
+    return ready
