@@ -24,12 +24,13 @@ from typing import NamedTuple, Protocol
 from migrate.ici import FourTuple
 from migrate.kernel import sockopt, tcpinfo
 
-__all__ = ["Activity", "observe", "quiet", "rounds"]
+__all__ = ["Activity", "observe", "rounds", "verdict"]
 
 SETTLE = 0.012  # seconds without a new byte sent; three ticks at 250 Hz
 PATIENCE = 0.120  # seconds after which an answer is no longer expected
 PAUSE = 0.004  # seconds between two looks
 _STEP = 0.020  # seconds to let everything run between two attempts
+_LONGEST = 0.050  # seconds for which an attempt holds a connection whose owner still owes an answer
 
 _read = tcpinfo.reader("last_data_sent", "last_data_recv", "bytes_received", "notsent_bytes", "bytes_sent")
 
@@ -58,18 +59,19 @@ def observe(sock: socket.socket) -> Activity:
     return Activity(sockopt.queue_lengths(sock)[0], notsent, sent_ago, received_ago, bytes_received, bytes_sent)
 
 
-def quiet(before: Activity, now: Activity, *, settled: float) -> bool:
-    """Whether a connection that was ``before`` when its arriving segments were first held is quiet ``now``.
+def verdict(before: Activity, now: Activity, *, settled: float) -> bool | None:
+    """Of a connection that was ``before`` when its arriving segments were first held: is it quiet ``now``?
 
-    ``settled`` is the time in seconds for which bytes_sent has not changed since.
+    ``settled`` is the time in seconds for which bytes_sent has not changed since. None: wait, an answer may come yet.
     """
-    if now.unread or now.notsent or settled < SETTLE:
-        return False
-    if now.bytes_received == 0 or now.bytes_sent > before.bytes_sent:
-        return True
-    if now.sent_ago != now.received_ago:
-        return now.sent_ago < now.received_ago
-    return now.sent_ago >= PATIENCE * 1000
+    if now.unread or now.notsent:
+        return None
+    answered = now.bytes_received == 0 or now.bytes_sent > before.bytes_sent or now.sent_ago < now.received_ago
+    if not answered and now.sent_ago > now.received_ago:
+        return None
+    if settled < SETTLE:
+        return None
+    return answered or now.sent_ago >= PATIENCE * 1000
 
 
 def rounds(
@@ -105,34 +107,45 @@ def _promising(sock: socket.socket) -> bool:
 
 
 def _attempt(sockets: dict[FourTuple, socket.socket], hold: Holding) -> list[FourTuple]:
-    """Hold what arrives, wait until each is settled, let the others go."""
-    keys = list(sockets)
-    hold.add(keys, outgoing=False)
-    first: dict[FourTuple, Activity] = {}
-    last: dict[FourTuple, tuple[int, float]] = {}  # bytes_sent, and when it changed
+    """Hold what arrives, wait until each is decided, let go those that are not quiet."""
+    hold.add(list(sockets), outgoing=False)
+    waiting = {key: _Watched(sock) for key, sock in sockets.items()}
     ready: list[FourTuple] = []
-    limit = time.monotonic() + 4 * SETTLE
-    while True:
-        now = time.monotonic()
-        undecided = 0
-        ready = []
-        for key, sock in sockets.items():
-            try:
-                activity = observe(sock)
-            except OSError:
+    refused: list[FourTuple] = []
+    limit = time.monotonic() + _LONGEST
+    while waiting:
+        late = time.monotonic() >= limit
+        for key, watched in list(waiting.items()):
+            answer = watched.look()
+            if answer is None and not late:
                 continue
-            started = first.setdefault(key, activity)
-            sent, since = last.get(key, (activity.bytes_sent, now))
-            if activity.bytes_sent != sent:
-                since = now
-            last[key] = (activity.bytes_sent, since)
-            if quiet(started, activity, settled=now - since):
-                ready.append(key)
-            else:
-                undecided += 1
-        if not undecided or now >= limit:
-            break
-        select.select((), (), (), PAUSE)
-    chosen = set(ready)
-    hold.remove([key for key in keys if key not in chosen])
+            (ready if answer else refused).append(key)
+            del waiting[key]
+        if refused:
+            hold.remove(refused)
+            refused = []
+        if waiting:
+            select.select((), (), (), PAUSE)
     return ready
+
+
+class _Watched:
+    """One connection while its arriving segments are held."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._before: Activity | None = None
+        self._bytes_sent = -1
+        self._since = 0.0
+
+    def look(self) -> bool | None:
+        """The verdict now; a connection that ended is not quiet."""
+        try:
+            now = observe(self._sock)
+        except OSError:
+            return False
+        moment = time.monotonic()
+        if now.bytes_sent != self._bytes_sent:
+            self._bytes_sent, self._since = now.bytes_sent, moment
+        self._before = self._before or now
+        return verdict(self._before, now, settled=moment - self._since)
