@@ -1,0 +1,304 @@
+"""The three nftables tables of tcpmig: hold connections, forward single flows, keep a standby from answering RST.
+
+A table outlives the process that made it, which is the point: a hold must stand while an agent restarts. It belongs to
+the network namespace in which the object was made. `nft list ruleset` prints all of it readably.
+
+Sources: include/uapi/linux/netfilter/nf_tables.h, and nft(8) for what the rules mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import re
+import socket
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple, Self
+
+from migrate.errors import Conflict, KernelError, NotFound, UsageError
+from migrate.ici import FourTuple
+from migrate.kernel import nf_tables as nf
+from migrate.kernel.nflog import Listener
+from migrate.kernel.nft_table import PREFIX, PRIORITY_RAW, VERSIONS, Ip, Table, keys, load_key, only_tcp, tables
+
+__all__ = ["MARK", "ForwardTable", "GuardTable", "Held", "HoldTable", "sweep", "tables"]
+
+MARK = 0x7463706D  # "tcpm": SO_MARK of what tcpmig itself injects; every hold lets it pass
+
+HOLD, FORWARD, GUARD = PREFIX + "hold-", PREFIX + "forward-", PREFIX + "guard-"
+PRIORITY_INGRESS = -500  # of several rules at a device: before a load balancer's own
+
+_COMMENT = "tcpmig: hold, NFLOG group "  # and the number: how an adopter finds it
+_FLAGS_OFFSET, _RST = 13, b"\x04"  # in a TCP header
+_SETS = {True: "held", False: "arriving"}  # by whether departing segments are dropped as well
+
+
+class Held(NamedTuple):
+    """How a connection is held."""
+
+    outgoing: bool  # what the host sends for it is dropped as well
+    left: float  # seconds until the hold ends by itself
+
+
+class HoldTable(Table):
+    """Segments of some connections reach no socket: those that arrive go to an NFLOG group, those that leave nowhere.
+
+    Per connection the departing side may be left open. Each hold ends by itself after its timeout, in the kernel.
+    Where two tables hold a connection, one of the two groups gets its segments.
+    """
+
+    family = nf.NFPROTO_INET
+
+    def __init__(self, name: str, group: int) -> None:
+        """Talks about a table; `create` and `adopt` give one that is there."""
+        super().__init__(HOLD + name)
+        self.group = group
+        self.members: dict[FourTuple, bool] = {}  # what was added, and whether its departing side is dropped
+
+    @classmethod
+    def create(cls, name: str, group: int) -> Self:
+        """A new, empty table ``tcpmig-hold-NAME`` that copies what it holds to NFLOG group ``group``.
+
+        Raises Conflict if there is one of that name, PrivilegeError, HostError where nftables cannot do it, UsageError.
+        """
+        table = cls(name, group)
+        try:
+            table._build(table._rules())
+        except KernelError as error:
+            if error.errno != errno.EEXIST:
+                raise
+            raise Conflict(
+                f"there is a table {table.name} already", hint="adopt it, or sweep what a killed process left"
+            ) from None
+        return table
+
+    @classmethod
+    def adopt(cls, name: str) -> Self:
+        """The table that another process left behind, with what it holds. Raises NotFound, PrivilegeError."""
+        group = _group(tables(cls.family).get(HOLD + name, ""))
+        if group is None:
+            raise NotFound(f"there is no table {HOLD + name} here")
+        table = cls(name, group)
+        table.members = {each: held.outgoing for each, held in table.elements().items()}
+        return table
+
+    def add(self, tuples: Iterable[FourTuple], timeout: float, *, outgoing: bool = True) -> None:
+        """Hold these connections, from both sides or only what arrives, until ``timeout`` seconds from now.
+
+        Those that are held already change to that. Raises UsageError, NotFound if the table is gone; then as before.
+        """
+        come = dict.fromkeys(tuples, outgoing)
+        requests = self._removals(come)
+        for ip, packed in keys(come):
+            place = self._place(_SETS[outgoing], ip)
+            requests += nf.add_elements(place, packed, timeout=max(1, round(timeout * 1000)))
+        self._change("holding", requests)
+        self.members |= come
+
+    def remove(self, tuples: Iterable[FourTuple]) -> None:
+        """Hold these no longer; those that are not held, or no more, are passed over. Raises as add()."""
+        gone = list(tuples)
+        self._change("letting go", self._removals(gone))
+        for each in gone:
+            self.members.pop(each, None)
+
+    def refresh(self, timeout: float) -> None:
+        """All that was added is held until ``timeout`` seconds from now, also what has expired meanwhile."""
+        for outgoing in _SETS:
+            self.add([each for each, way in self.members.items() if way is outgoing], timeout, outgoing=outgoing)
+
+    def elements(self) -> dict[FourTuple, Held]:
+        """What the kernel holds at this moment."""
+        return {
+            four_tuple: Held(outgoing, left / 1000)
+            for outgoing, ip in itertools.product(_SETS, VERSIONS)
+            for four_tuple, _, left in self._elements(_SETS[outgoing], ip)
+        }
+
+    def _rules(self) -> list[bytes]:
+        family, name = self.family, self.name
+        requests = [nf.new_table(family, name, f"{_COMMENT}{self.group}", exclusive=True)]
+        for number, (each, ip) in enumerate(itertools.product(_SETS.values(), VERSIONS), 1):
+            requests.append(nf.new_set(self._place(each, ip), number, key=ip.key_type, timeouts=True))
+        ours = nf.meta(nf.META_MARK, nf.register(0)), nf.compare(nf.register(0), MARK.to_bytes(4, sys.byteorder))
+        for chain, hook in (("arriving", nf.NF_INET_PRE_ROUTING), ("departing", nf.NF_INET_LOCAL_OUT)):
+            requests.append(nf.new_chain(family, name, chain, hook=hook, priority=PRIORITY_RAW))
+            requests.append(nf.new_rule(family, name, chain, *ours, nf.verdict(nf.NF_ACCEPT)))
+        for each, ip in itertools.product(_SETS.values(), VERSIONS):
+            action = nf.log(self.group), nf.verdict(nf.NF_DROP)
+            requests.append(nf.new_rule(family, name, "arriving", *self._match(each, ip, arriving=True), *action))
+        for ip in VERSIONS:
+            match = self._match(_SETS[True], ip, arriving=False)
+            requests.append(nf.new_rule(family, name, "departing", *match, nf.verdict(nf.NF_DROP)))
+        return requests
+
+    def _match(self, name: str, ip: Ip, *, arriving: bool) -> list[bytes]:
+        found = nf.lookup(self._place(name, ip).set, nf.register(0))
+        return [*only_tcp(self.family, ip), *load_key(ip, arriving=arriving), found]
+
+    def _removals(self, tuples: Iterable[FourTuple]) -> list[bytes]:
+        # An element that has expired cannot be deleted, but one that is there can be added again. So add and delete:
+        # within one transaction no segment sees it. (DESTROYSETELEM would do, since Linux 6.3 only.)
+        requests: list[bytes] = []
+        known = [each for each in tuples if each in self.members]
+        for outgoing, name in _SETS.items():
+            for ip, packed in keys([each for each in known if self.members[each] is outgoing]):
+                place = self._place(name, ip)
+                requests += nf.add_elements(place, packed) + nf.delete_elements(place, packed)
+        return requests
+
+    def _change(self, what: str, requests: list[bytes]) -> None:
+        if not requests:
+            return
+        try:
+            self._netfilter.commit(f"{what} in table {self.name}", requests)
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            raise self._gone() from None
+
+
+class ForwardTable(Table):
+    """Single flows that arrive on a device go on to another host, at layer 2, before the IP stack sees them.
+
+    The packet keeps its addresses; its TTL goes down by one. The next host must carry the flow's local address and
+    answers the client itself. On a load balancer the table takes single flows out of what its own rules do.
+    """
+
+    family = nf.NFPROTO_NETDEV
+
+    def __init__(self, device: str, via: str | None = None) -> None:
+        """The table of ``device``, made if it is not there; it sends through ``via``, by default the same device.
+
+        Raises NotFound for a device, PrivilegeError, HostError where nftables cannot do it.
+        """
+        via = via or device
+        _index(device)
+        index = _index(via)
+        super().__init__(FORWARD + (device if via == device else f"{device}-{via}"))
+        self._build(self._rules(device, index))
+        self._known = self.entries()
+
+    def add(self, entries: Mapping[FourTuple, bytes]) -> None:
+        """Forward these flows, ``local`` being this host's side, to the neighbours with those packed addresses.
+
+        One that is forwarded already changes its neighbour. Raises UsageError; then as before.
+        """
+        if any(len(each.local) != len(hop) for each, hop in entries.items()):
+            raise UsageError("a flow's next hop has an address of the flow's own IP version")
+        self._change(entries, ())
+
+    def remove(self, tuples: Iterable[FourTuple]) -> None:
+        """Forward these no longer; those that are not forwarded are passed over."""
+        self._change({}, list(tuples))
+
+    def entries(self) -> dict[FourTuple, bytes]:
+        """What is forwarded: flow, packed address of the neighbour. Raises NotFound if the table is gone."""
+        return {four_tuple: hop for ip in VERSIONS for four_tuple, hop, _ in self._elements("flows", ip)}
+
+    def _change(self, come: Mapping[FourTuple, bytes], gone: Collection[FourTuple]) -> None:
+        try:
+            self._commit(come, gone)
+        except KernelError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOENT):
+                raise
+            self._known = self.entries()  # somebody else changed the table too
+            self._commit(come, gone)
+
+    def _commit(self, come: Mapping[FourTuple, bytes], gone: Collection[FourTuple]) -> None:
+        # An entry cannot be given another neighbour, nor one deleted that is not there: hence what is known.
+        known = self._known
+        leaving = {each for each in gone if each in known}
+        leaving |= {each for each, hop in come.items() if known.get(each, hop) != hop}
+        requests: list[bytes] = []
+        for ip, packed in keys(leaving):
+            requests += nf.delete_elements(self._place("flows", ip), packed)
+        for ip, packed in keys(come):
+            hops = [hop for hop in come.values() if len(hop) == ip.size]
+            requests += nf.add_elements(self._place("flows", ip), packed, data=hops)
+        if requests:
+            self._netfilter.commit(f"forwarding in table {self.name}", requests)
+        self._known = {each: hop for each, hop in known.items() if each not in leaving} | dict(come)
+
+    def _rules(self, device: str, via: int) -> list[bytes]:
+        family, name, chain = self.family, self.name, "ingress"
+        requests = [nf.new_table(family, name, f"tcpmig: forwards flows that arrive on {device}", exclusive=False)]
+        for number, ip in enumerate(VERSIONS, 1):
+            place = self._place("flows", ip)
+            requests.append(nf.new_set(place, number, key=ip.key_type, data=(ip.type, ip.size)))
+        # The rules are made anew each time: a device that went and came back has another index, or no chain any more.
+        hook = nf.new_chain(family, name, chain, hook=nf.NF_NETDEV_INGRESS, priority=PRIORITY_INGRESS, device=device)
+        requests += hook, nf.del_rules(family, name, chain)
+        for ip in VERSIONS:
+            expressions = (
+                *only_tcp(family, ip),
+                *load_key(ip, arriving=True),
+                nf.lookup(self._place("flows", ip).set, nf.register(0), nf.register(0)),
+                nf.immediate(nf.register(12), via.to_bytes(4, sys.byteorder)),
+                nf.forward(nf.register(12), nf.register(0), ip.protocol),
+            )
+            requests.append(nf.new_rule(family, name, chain, *expressions))
+        return requests
+
+
+class GuardTable(Table):
+    """No RST leaves from an address: a standby stays silent about connections that are still on their way to it."""
+
+    family = nf.NFPROTO_INET
+
+    def __init__(self, address: bytes, port: int | None = None) -> None:
+        """The guard of a packed local address, and of one port or all; made if it is not there, outlives the process.
+
+        Raises PrivilegeError, HostError where nftables cannot do it.
+        """
+        ip = next((ip for ip in VERSIONS if ip.size == len(address)), None)
+        if ip is None or not (port is None or 0 < port < 0x10000):
+            raise UsageError("a guard is for an address of 4 or 16 bytes and for a port from 1 to 65535, or all")
+        super().__init__(f"{GUARD}{address.hex()}" + ("" if port is None else f"-{port}"))
+        family, name, chain = self.family, self.name, "departing"
+        match = [*only_tcp(family, ip), nf.payload(nf.NETWORK_HEADER, ip.source, ip.size, nf.register(0))]
+        match.append(nf.compare(nf.register(0), address))
+        if port is not None:
+            match.append(nf.payload(nf.TRANSPORT_HEADER, 0, 2, nf.register(0)))
+            match.append(nf.compare(nf.register(0), port.to_bytes(2)))
+        match.append(nf.payload(nf.TRANSPORT_HEADER, _FLAGS_OFFSET, 1, nf.register(0)))
+        match.append(nf.mask(nf.register(0), _RST))
+        match.append(nf.compare(nf.register(0), bytes(1), nf.CMP_NEQ))
+        shown = socket.inet_ntop(socket.AF_INET if ip.version == 4 else socket.AF_INET6, address)
+        self._build(
+            [
+                nf.new_table(family, name, f"tcpmig: no RST from {shown}", exclusive=False),
+                nf.new_chain(family, name, chain, hook=nf.NF_INET_LOCAL_OUT, priority=PRIORITY_RAW),
+                nf.del_rules(family, name, chain),
+                nf.new_rule(family, name, chain, *match, nf.verdict(nf.NF_DROP)),
+            ]
+        )
+
+
+def sweep() -> list[str]:
+    """Remove the hold tables here that hold nothing any more and that nobody listens to; their names."""
+    removed = []
+    for name, comment in tables(HoldTable.family).items():
+        group = _group(comment)
+        if group is None:
+            continue
+        # Whose owner lives has the group; and while we have it, nobody adopts the table.
+        with contextlib.suppress(Conflict, NotFound), Listener(group), HoldTable(name[len(HOLD) :], group) as table:
+            if not table.elements():
+                table.delete()
+                removed.append(name)
+    return removed
+
+
+def _group(comment: str) -> int | None:
+    found = re.fullmatch(re.escape(_COMMENT) + r"(\d{1,5})", comment)
+    return int(found[1]) if found else None
+
+
+def _index(device: str) -> int:
+    try:
+        return socket.if_nametoindex(device)
+    except OSError:
+        raise NotFound(f"there is no device {device!r} here") from None
