@@ -1,7 +1,7 @@
 /* The reference of the bench: the fewest system calls that save and restore TCP connections correctly.
  *
  * Straight line, no allocation on the way, buffers reused: what the kernel makes everybody pay. N connections go
- * through four phases, each over all N before the next, and each timed as a whole:
+ * through four phases, each over all N (or --batch B) before the next, and each timed as a whole:
  *
  *   save     freeze (TCP_REPAIR) and copy the state and the queues to memory
  *   close    let go of the source without a packet: close() in repair mode, or with --release connect(AF_UNSPEC)
@@ -21,6 +21,7 @@
 #include <getopt.h>
 #include <linux/filter.h>
 #include <linux/tcp.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -40,12 +41,12 @@
 #include <unistd.h>
 
 #define PEER_BUFFER 16384         /* SO_RCVBUF of a peer that is to shut its window */
-#define QUIET 250000              /* microseconds: longer than the longest delayed ACK (200 ms), which would draw a RST */
+#define QUIET 250000              /* microseconds: longer than a delayed ACK (200 ms), which would draw a RST */
 #define CHUNK (256 * 1024)        /* write queues in pieces: a large one can exhaust the socket's memory */
 #define PATIENCE 30.0             /* seconds until a check gives up */
 #define LINUX_SIOCINQ 0x541B
 #define LINUX_SIOCOUTQ 0x5411
-enum { ESTABLISHED = 1, OPTION_WINDOW = 3, OPTION_SACK = 4, OPTION_TIMESTAMP = 8 };  /* include/net/tcp_states.h, tcp.h */
+enum { ESTABLISHED = 1, OPTION_WINDOW = 3, OPTION_SACK = 4, OPTION_TIMESTAMP = 8 };  /* include/net/tcp.h */
 
 struct record {
     struct sockaddr_in local, remote;
@@ -70,13 +71,13 @@ static const struct { int level, name; } common_options[] = {
 #define COMMON_OPTIONS (sizeof common_options / sizeof *common_options)
 
 static struct {
-    int n, rounds, receive, unacked, unsent;
-    bool move, no_probe, release, options;
+    int n, rounds, batch, receive, unacked, unsent;
+    bool move, no_probe, release, options, peers;
 } cfg = {.n = 1000, .rounds = 1};
 
 static int *sock;                 /* the server's ends */
 static struct record *record;
-static size_t *streamed;          /* shared with the peers: bytes ever sent to each */
+static uint64_t *streamed;        /* bytes ever sent to each peer; goes to them with the command to read */
 static int command;               /* the server's end of the pipe to the peers */
 static int host_a = -1, host_b = -1;
 
@@ -168,6 +169,7 @@ static void save(int fd, struct record *r, size_t room) {
     set(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_RECV_QUEUE);
     r->rcv_nxt = get(fd, IPPROTO_TCP, TCP_QUEUE_SEQ);
     r->received = memory[0] ? peek(fd, r->data + r->sent + r->unsent, room - r->sent - r->unsent) : 0;
+    set(fd, IPPROTO_TCP, TCP_REPAIR_QUEUE, TCP_NO_QUEUE);  /* or the application's write() would enter the queue */
     if (cfg.options)
         for (size_t i = 0; i < COMMON_OPTIONS; i++)
             r->socket_options[i] = get(fd, common_options[i].level, common_options[i].name);
@@ -292,6 +294,15 @@ static void peers_read(const int *peer, size_t *seen) {
     }
 }
 
+static void receive_streamed(int control) {
+    size_t wanted = cfg.n * sizeof *streamed;
+    for (size_t have = 0; have < wanted;) {
+        ssize_t length = MUST(read(control, (char *)streamed + have, wanted - have));
+        if (!length) exit(0);
+        have += length;
+    }
+}
+
 static _Noreturn void peers(int control, const struct sockaddr_in *server) {
     int *peer = calloc(cfg.n, sizeof *peer);
     size_t *seen = calloc(cfg.n, sizeof *seen);
@@ -303,7 +314,7 @@ static _Noreturn void peers(int control, const struct sockaddr_in *server) {
         case 'd': peers_deaf(peer, true); break;
         case 'h': peers_deaf(peer, false); break;
         case 'w': peers_write(peer); break;
-        case 'r': peers_read(peer, seen); break;
+        case 'r': receive_streamed(control), peers_read(peer, seen); break;
         case 'a': MUST(system("ip route replace 10.255.0.1 dev a")); break;
         case 'b': MUST(system("ip route replace 10.255.0.1 dev b")); break;
         }
@@ -404,7 +415,9 @@ static void check(void) {
         fill(data, port_of(i), streamed[i]++, 1);
         MUST(send(sock[i], data, 1, 0));
     }
-    tell('r');
+    begin('r');
+    put(command, (unsigned char *)streamed, cfg.n * sizeof *streamed);
+    finish('r');
     for (int i = 0; i < cfg.n; i++) {
         size_t expected = cfg.receive + 1;
         for (size_t have = 0; have < expected;) {
@@ -427,26 +440,30 @@ static void stop(struct cost *cost) {
     cost->wall += seconds(CLOCK_MONOTONIC) * 1e6 / cfg.n;
 }
 
-static void run_round(struct cost *cost, size_t room) {
+static void run_batch(struct cost *cost, int from, int to, size_t room) {
     start(&cost[SAVE]);
-    for (int i = 0; i < cfg.n; i++) save(sock[i], &record[i], room);
+    for (int i = from; i < to; i++) save(sock[i], &record[i], room);
     stop(&cost[SAVE]);
 
     start(&cost[CLOSE]);
-    for (int i = 0; i < cfg.n; i++) let_go(sock[i]);
+    for (int i = from; i < to; i++) let_go(sock[i]);
     stop(&cost[CLOSE]);
-    for (int i = 0; i < cfg.n && cfg.release; i++) MUST(close(sock[i]));  /* the application's, not counted */
+    for (int i = from; i < to && cfg.release; i++) MUST(close(sock[i]));  /* the application's, not counted */
 
     enter(host_b);
     start(&cost[RESTORE]);
-    for (int i = 0; i < cfg.n; i++) sock[i] = restore(&record[i]);
+    for (int i = from; i < to; i++) sock[i] = restore(&record[i]);
     stop(&cost[RESTORE]);
     if (cfg.move) tell('b');
 
     start(&cost[RESUME]);
-    for (int i = 0; i < cfg.n; i++) resume(sock[i], &record[i]);
+    for (int i = from; i < to; i++) resume(sock[i], &record[i]);
     stop(&cost[RESUME]);
+}
 
+static void run_round(struct cost *cost, size_t room) {
+    for (int from = 0; from < cfg.n; from += cfg.batch)
+        run_batch(cost, from, from + cfg.batch < cfg.n ? from + cfg.batch : cfg.n, room);
     for (int i = 0; i < cfg.n; i++)
         if (record[i].state != ESTABLISHED || (int)record[i].received != cfg.receive ||
             (int)(record[i].sent + record[i].unsent) != (cfg.unacked | cfg.unsent)) {
@@ -477,7 +494,8 @@ static const struct option long_options[] = {
     {"receive", required_argument, NULL, 'r'},     {"unacked", required_argument, NULL, 'u'},
     {"unsent", required_argument, NULL, 's'},      {"no-probe", no_argument, NULL, 'p'},
     {"release", no_argument, NULL, 'l'},           {"options", no_argument, NULL, 'o'},
-    {"move", no_argument, NULL, 'm'},              {NULL, 0, NULL, 0},
+    {"move", no_argument, NULL, 'm'},              {"peers", no_argument, NULL, 'P'},
+    {"batch", required_argument, NULL, 'b'},       {NULL, 0, NULL, 0},
 };
 
 static void parse(int argc, char **argv) {
@@ -485,6 +503,7 @@ static void parse(int argc, char **argv) {
         switch (letter) {
         case 'n': cfg.n = atoi(optarg); break;
         case 'k': cfg.rounds = atoi(optarg); break;
+        case 'b': cfg.batch = atoi(optarg); break;
         case 'r': cfg.receive = atoi(optarg); break;
         case 'u': cfg.unacked = atoi(optarg); break;
         case 's': cfg.unsent = atoi(optarg); break;
@@ -492,12 +511,16 @@ static void parse(int argc, char **argv) {
         case 'l': cfg.release = true; break;
         case 'o': cfg.options = true; break;
         case 'm': cfg.move = true; break;
+        case 'P': cfg.peers = true; break;
         default: exit(2);
         }
     }
-    if (cfg.n < 1 || cfg.rounds < 1 || (cfg.unacked && cfg.unsent) || ((queue_bytes() || cfg.move) && cfg.rounds > 1)) {
-        fputs("usage: reference [--connections N] [--rounds K] [--receive BYTES] [--unacked BYTES | --unsent BYTES]\n"
-              "                 [--move] [--no-probe] [--release] [--options]; queues and --move have one round\n",
+    if (!cfg.batch) cfg.batch = cfg.n;
+    bool once = cfg.rounds == 1 && cfg.batch == cfg.n;
+    if (cfg.n < 1 || cfg.batch < 1 || cfg.rounds < 1 || (cfg.unacked && cfg.unsent) || (cfg.move && !once)) {
+        fputs("usage: reference [--connections N] [--rounds K] [--batch B] [--receive BYTES]\n"
+              "                 [--unacked BYTES | --unsent BYTES] [--no-probe] [--release] [--options] [--peers]\n"
+              "                 [--move (one round, one batch)]\n",
               stderr);
         exit(2);
     }
@@ -512,10 +535,11 @@ int main(int argc, char **argv) {
 
     sock = calloc(cfg.n, sizeof *sock);
     struct cost (*round)[PHASES] = calloc(cfg.rounds, sizeof *round);
-    streamed = mmap(NULL, cfg.n * sizeof *streamed, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    streamed = calloc(cfg.n, sizeof *streamed);
 
     struct sockaddr_in server = {.sin_family = AF_INET, .sin_port = htons(8000),
                                  .sin_addr.s_addr = inet_addr(cfg.move ? "10.255.0.1" : "127.0.0.1")};
+    if (cfg.peers) peers(STDIN_FILENO, &server);  /* for the Python side of the bench, which then has the same peers */
     int pair[2];
     MUST(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair));
     if (!cfg.move) {
