@@ -19,9 +19,9 @@ from typing import NoReturn
 from migrate.errors import HostError, UsageError, from_oserror
 from migrate.kernel import sockopt
 
-__all__ = ["ChildAdoption", "InetdAdopter", "SystemdAdopter"]
+__all__ = ["LISTEN_FDS_START", "ChildAdoption", "InetdAdopter", "SystemdAdopter"]
 
-_LISTEN_FDS_START = 3  # sd_listen_fds(3)
+LISTEN_FDS_START = 3  # sd_listen_fds(3)
 _DESCRIPTOR_LIMIT = 1 << 30
 
 
@@ -115,12 +115,12 @@ def _place(descriptors: list[int], *, systemd: bool) -> dict[str, str]:
         return environment
     count = len(descriptors)
     # Move them out of the way first: a target number may be a source number that is still needed.
-    beyond = max(_LISTEN_FDS_START + count, *descriptors) + 1
+    beyond = max(LISTEN_FDS_START + count, *descriptors) + 1
     import fcntl
 
     high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, beyond) for descriptor in descriptors]
     for position, descriptor in enumerate(high):
-        os.dup2(descriptor, _LISTEN_FDS_START + position)
+        os.dup2(descriptor, LISTEN_FDS_START + position)
     environment |= {
         "LISTEN_FDS": str(count),
         "LISTEN_PID": str(os.getpid()),

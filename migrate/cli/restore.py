@@ -12,6 +12,7 @@ from contextlib import ExitStack
 
 from migrate.adopt import Adopter, Adoption
 from migrate.adopt.child import ChildAdoption, InetdAdopter, SystemdAdopter
+from migrate.adopt.relay import RelayAdopter
 from migrate.cli.guard import Guard, linger
 from migrate.cli.main import PARTIAL
 from migrate.cli.output import Output
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--systemd", action="store_true", help="hand all connections to one CMD, from descriptor 3 on (LISTEN_FDS)"
     )
+    parser.add_argument("--relay", metavar="HOST:PORT", help="carry every connection's bytes to and from that server")
     parser.add_argument("--hold-open", action="store_true", help="own the connections, doing nothing, until they end")
     parser.add_argument("--detach", action="store_true", help="do not wait for the commands to end")
     parser.add_argument(
@@ -89,10 +91,15 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 def _adopter(arguments: argparse.Namespace) -> Adopter | None:
     """Who owns them; None is this process."""
+    ways = [bool(arguments.command), arguments.relay is not None, arguments.hold_open]
+    if sum(ways) != 1 or (arguments.systemd and not arguments.command):
+        raise UsageError(
+            "who shall own the connections?", hint="exactly one of: [--systemd] -- CMD, --relay HOST:PORT, --hold-open"
+        )
     if arguments.hold_open:
-        if arguments.command or arguments.systemd:
-            raise UsageError("--hold-open takes no command")
         return None
+    if arguments.relay is not None:
+        return RelayAdopter(arguments.relay, session=arguments.detach)
     style = SystemdAdopter if arguments.systemd else InetdAdopter
     return style(arguments.command, session=arguments.detach)
 
