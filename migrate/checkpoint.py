@@ -25,7 +25,7 @@ from typing import Protocol
 from migrate.errors import Error, Gone, NotFound, Refused, from_oserror
 from migrate.ici import Ici
 from migrate.kernel import sockopt, tcpinfo, uapi
-from migrate.tcpstate import TcpState
+from migrate.tcpstate import REBUILD, TcpState, Way
 
 __all__ = ["HasFileno", "borrowed", "check", "dump", "obstacle", "release", "thaw"]
 
@@ -36,17 +36,8 @@ class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
-_MOVABLE = frozenset({TcpState.ESTABLISHED, TcpState.CLOSE_WAIT})
-_FIN_RECEIVED = frozenset({TcpState.CLOSE_WAIT, TcpState.LAST_ACK, TcpState.CLOSING})
-_FIN_QUEUED = frozenset({TcpState.FIN_WAIT_1, TcpState.CLOSING, TcpState.LAST_ACK})
-
-_REASONS = {
-    TcpState.LISTEN: "it is a listener; its connections can be moved, a listening socket is opened anew",
-    TcpState.CLOSED: "it is not connected",
-    TcpState.SYN_SENT: "its handshake is under way",
-    TcpState.SYN_RECEIVED: "its handshake is under way",
-    TcpState.TIME_WAIT: "it has ended and only waits out its time",
-}
+_MOVABLE = frozenset(state for state, plan in REBUILD.items() if plan.way is Way.REPAIR)
+_FIN_QUEUED = frozenset(state for state, plan in REBUILD.items() if plan.sent_fin and not plan.fin_acked)
 
 _facts = tcpinfo.reader("state", "options", "wscales", "snd_mss", "rtt", "rttvar", "snd_ssthresh", "snd_cwnd")
 
@@ -245,8 +236,8 @@ def obstacle(state: int, *, multipath: bool = False, upper_layer: str = "") -> R
             hint="have the server listen with plain TCP (for Go programs GODEBUG=multipathtcp=0)",
         )
     if state not in _MOVABLE:
-        known = TcpState(state)
-        return Refused(f"it is in {known.name}: {_REASONS.get(known, 'this state is not moved yet')}")
+        known = TcpState.from_kernel(state)
+        return Refused(f"it is in {known.name}: {REBUILD[known].reason}")
     if upper_layer == "tls":
         return Refused("its TLS keys live in the kernel (kTLS)", hint="switch kernel TLS off in the application")
     if upper_layer:

@@ -15,14 +15,16 @@ The order of the calls in `restore` is the contract with the kernel:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
+import time
 
 from migrate.checkpoint import HasFileno
 from migrate.errors import Conflict, Error, HostError, Refused, from_oserror
 from migrate.ici import Ici
-from migrate.kernel import sockopt, uapi
-from migrate.tcpstate import TcpState
+from migrate.kernel import segment, sockopt, uapi
+from migrate.tcpstate import REBUILD, Step, TcpState, Way
 
 __all__ = ["Restored", "activate", "discard", "restore"]
 
@@ -30,6 +32,7 @@ _CHUNK = 1 << 20  # bytes of a queue given to one send()
 _SMALLEST_CHUNK = 1 << 10
 _MAXSEG_LIMIT = 32767  # MAX_TCP_WINDOW in include/net/tcp.h: the most TCP_MAXSEG takes
 _TRUESIZE = 4  # a queued byte's share of SO_SNDBUF and SO_RCVBUF at worst: headers and half-filled pages
+_INJECTION = 0.5  # seconds for an injected segment to arrive
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
@@ -96,19 +99,18 @@ def _silence(sock: socket.socket) -> None:
 
 
 def _rebuild(sock: socket.socket, ici: Ici) -> None:
-    if ici.state not in (TcpState.ESTABLISHED, TcpState.CLOSE_WAIT):
-        raise Refused(f"a connection in {TcpState(ici.state).name} cannot be rebuilt")
-    fin_received = 1 if ici.state == TcpState.CLOSE_WAIT else 0
-    data_end = ici.rcv_nxt - fin_received
+    plan = REBUILD[TcpState(ici.state)]
+    if plan.way is not Way.REPAIR:
+        raise Refused(f"{ici.four_tuple} was in {TcpState(ici.state).name}: {plan.reason}")
     _fit_buffers(sock, ici)
     try:
         sockopt.enter_repair(sock)
     except OSError as error:
         raise from_oserror("TCP_REPAIR", error) from None
     sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
-    sockopt.set_queue_start(sock, ici.snd_una)
+    sockopt.set_queue_start(sock, ici.snd_una - plan.fin_acked)
     sockopt.select_queue(sock, uapi.TCP_RECV_QUEUE)
-    sockopt.set_queue_start(sock, data_end - len(ici.received))
+    sockopt.set_queue_start(sock, ici.rcv_nxt - plan.received_fin - len(ici.received))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, min(ici.mss_clamp, _MAXSEG_LIMIT))
     _connect(sock, ici)
     sockopt.set_repair_options(
@@ -127,9 +129,11 @@ def _rebuild(sock: socket.socket, ici: Ici) -> None:
     if ici.sent:
         sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
         _fill(sock, ici.sent)
+    if plan.steps and not _steps_wait(ici):
+        _take_steps(sock, ici, plan.steps)
     sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
-    rcv_wup = (ici.rcv_wup - fin_received) & 0xFFFFFFFF
-    sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd + fin_received, rcv_wup))
+    # Last, because an injected segment changes the windows.
+    sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup))
 
 
 def _activate(sock: Restored, ici: Ici) -> None:
@@ -138,7 +142,52 @@ def _activate(sock: Restored, ici: Ici) -> None:
     sockopt.leave_repair(sock, probe=bool(ici.sent or ici.unsent))
     if ici.unsent:
         _send_unsent(sock, ici.unsent)
+        if _steps_wait(ici):
+            _take_steps(sock, ici, REBUILD[TcpState(ici.state)].steps)
     sock.record = None
+
+
+def _steps_wait(ici: Ici) -> bool:
+    """Our FIN comes after what was never sent, and that can be written only outside repair mode."""
+    return bool(ici.unsent) and REBUILD[TcpState(ici.state)].sent_fin
+
+
+def _take_steps(sock: socket.socket, ici: Ici, steps: tuple[Step, ...]) -> None:
+    """From ESTABLISHED to the record's state, by shutdown() and by segments as the peer sent them."""
+    plan = REBUILD[TcpState(ici.state)]
+    arrived = (
+        ici.rcv_nxt - plan.received_fin
+    ) & 0xFFFFFFFF  # the sequence number that the peer's FIN has or would have
+    window = min(ici.snd_wnd >> max(ici.snd_wscale, 0), 0xFFFF)
+    with contextlib.ExitStack() as opened:
+        injector: segment.Injector | None = None
+        for step in steps:
+            before = sockopt.state(sock)
+            if step is Step.SHUTDOWN:
+                if sockopt.in_repair(sock):
+                    sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)  # so that the FIN counts as sent, and is not
+                sock.shutdown(socket.SHUT_WR)
+                continue
+            injector = injector or opened.enter_context(segment.Injector())
+            flags = segment.ACK | segment.FIN if step is Step.INJECT_FIN else segment.ACK
+            # Without a timestamp: a made-up one would be remembered and the peer's next, if older, refused.
+            injector.inject(
+                segment.Segment(ici.four_tuple, seq=arrived, ack=ici.snd_una, flags=flags, window=window).build()
+            )
+            _await_change(sock, before)
+    if sockopt.state(sock) != ici.state:
+        reached = TcpState.from_kernel(sockopt.state(sock)).name
+        raise HostError(
+            f"restoring {ici.four_tuple}: it came to {reached} instead of {TcpState(ici.state).name}",
+            hint="segments injected over lo do not arrive; is a firewall rule on lo in the way?",
+        )
+
+
+def _await_change(sock: socket.socket, before: int) -> None:
+    """An injected segment usually arrives before send() returns; a busy machine may defer it for a moment."""
+    limit = time.monotonic() + _INJECTION
+    while sockopt.state(sock) == before and time.monotonic() < limit:
+        time.sleep(0)
 
 
 def _connect(sock: socket.socket, ici: Ici) -> None:
@@ -199,7 +248,7 @@ def _at_least(sock: socket.socket, option: int, force: int, size: int) -> None:
         sock.setsockopt(socket.SOL_SOCKET, force, min(size // 2, 0x3FFFFFFF))
 
 
-def _fill(sock: socket.socket, data: bytes) -> None:
+def _fill(sock: socket.socket, data: bytes | memoryview) -> None:
     """Write a queue in repair mode. Memory may be short for large pieces: halve them, down to a kilobyte."""
     view, chunk = memoryview(data), _CHUNK
     while view:
@@ -211,7 +260,7 @@ def _fill(sock: socket.socket, data: bytes) -> None:
             chunk //= 2
 
 
-def _send_unsent(sock: socket.socket, data: bytes) -> None:
+def _send_unsent(sock: socket.socket, data: bytes | memoryview) -> None:
     """The rest of the send queue, which fits into the buffer that was sized for it."""
     view = memoryview(data)
     while view:

@@ -29,5 +29,5 @@ class Adopter(Protocol):
     def check(self) -> None:
         """Raise HostError if adoption would fail. Called before anything is touched."""
 
-    def adopt(self, sockets: Sequence[socket.socket]) -> list[Adoption]:
+    def adopt(self, sockets: Sequence[socket.socket]) -> Sequence[Adoption]:
         """Take these silent sockets. The caller keeps its own descriptors and closes them when it is done."""

@@ -77,9 +77,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             guard.dismiss(wait=True)
         for record, _ in restored:
             output.data(f"{record.four_tuple}: restored", {"connection": str(record.four_tuple), "ok": True})
-        for record, error in failures:
+        for record, failure in failures:
             name = str(record.four_tuple)
-            output.data(f"{name}: {error}", {"connection": name, "ok": False, "reason": str(error)})
+            output.data(f"{name}: {failure}", {"connection": name, "ok": False, "reason": str(failure)})
         if adopter is None:
             _keep_open([sock for _, sock in restored])
     if not arguments.detach:
@@ -104,9 +104,9 @@ def _adopter(arguments: argparse.Namespace) -> Adopter | None:
     return style(arguments.command, session=arguments.detach)
 
 
-def _hand_over(adopter: Adopter | None, sockets: list[socket.socket], hold: Hold) -> list[Adoption]:
+def _hand_over(adopter: Adopter | None, sockets: list[socket.socket], hold: Hold) -> Sequence[Adoption]:
     """Give silent sockets to their owner, activate them, replay what arrived, let the owner run."""
-    adoptions = [] if adopter is None or not sockets else adopter.adopt(sockets)
+    adoptions: Sequence[Adoption] = () if adopter is None or not sockets else adopter.adopt(sockets)
     for sock in sockets:
         activate(sock)
     hold.replay()
