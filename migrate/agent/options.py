@@ -17,34 +17,36 @@ CHUNK_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 4 << 20
 """Largest message either side takes, bytes: a chunk, and room for the longest list of results beside it."""
 
-KEEPALIVE_SECONDS = 5
+KEEPALIVE_SECONDS = 5.0
 """A peer that answers no ping for this long after this much silence is gone: a cut link shows within twice that."""
 
-_COMMON: Options = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_SECONDS * 1000),
-    # A standing handoff stream without a message, or a channel between two moves, must notice a cut link too.
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-]
+
+def _common() -> Options:
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", int(KEEPALIVE_SECONDS * 1000)),
+        ("grpc.keepalive_timeout_ms", int(KEEPALIVE_SECONDS * 1000)),
+        # A standing handoff stream without a message, or a channel between two moves, must notice a cut link too.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
 
 
 def server_options() -> Options:
     """Options for ``grpc.aio.server(options=…)``."""
     return [
-        *_COMMON,
+        *_common(),
         # Otherwise a second agent binds the same port, silently, and the kernel deals the calls out to both.
         ("grpc.so_reuseport", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 1000 // 2),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(KEEPALIVE_SECONDS * 500)),
     ]
 
 
 def channel_options() -> Options:
     """Options for ``grpc.aio.secure_channel(options=…)`` and ``insecure_channel``."""
     return [
-        *_COMMON,
+        *_common(),
         # Each channel connects anew, with the certificates it was given, not with those of an earlier channel.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.enable_retries", 0),

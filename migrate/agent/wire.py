@@ -15,9 +15,9 @@ from migrate import errors
 from migrate.agent.options import CHUNK_BYTES
 from migrate.agent.v1 import handoff_pb2 as pb
 from migrate.agent.v1 import types_pb2
+from migrate.fourtuple import FourTuple, unmapped
 from migrate.handoff import messages
 from migrate.handoff.ids import ID_BYTES, Connection
-from migrate.ici import FourTuple, unmapped
 
 __all__ = [
     "MAX_CONNECTIONS",

@@ -235,8 +235,9 @@ Global___Refusal: _TypeAlias = Refusal  # noqa: Y015
 
 @_typing.final
 class Piece(_message.Message):
-    """A list of byte strings, cut into pieces that fit into a message. The pieces of a list follow each other on the stream;
-    messages of other batches may stand between them.
+    """A list of byte strings, cut into pieces that fit into a message. The pieces of one list come in order; messages of other
+    batches may stand between them. All unfinished lists of a stream together have at most 512 MiB, each string
+    counted with 64 bytes more.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
