@@ -44,8 +44,8 @@ _ATTRIBUTE = struct.Struct("=HH")  # nlattr: length, type
 _CONDITION = struct.Struct("=BBHBBxxi")  # inet_diag_bc_op, inet_diag_hostcond
 _REQUEST = struct.Struct("=BBBxI2s2s16s16sIQ")  # inet_diag_req_v2 with its inet_diag_sockid
 # nlmsghdr and inet_diag_msg with its inet_diag_sockid, for IPv4 and IPv6; ports come in network order
-_REPLY4 = struct.Struct("=IHHI4x" + "xBBxHH4s12x4s12xIQIIIII")
-_REPLY6 = struct.Struct("=IHHI4x" + "xBBxHH16s16sIQIIIII")
+_REPLY4 = struct.Struct("=IHH8x" + "xBBxHH4s12x4s12xIQIIIII")
+_REPLY6 = struct.Struct("=IHH8x" + "xBBxHH16s16sIQIIIII")
 
 _BUFFER = 65536  # the kernel fills 32 KiB at most
 _ATTEMPTS = 10  # dumps until one is consistent
@@ -117,7 +117,7 @@ class Connection(NamedTuple):
 
     @property
     def ulp(self) -> str:
-        """The upper layer protocol: "tls" for kTLS, "mptcp" for a subflow of Multipath TCP, else empty."""
+        """The upper layer protocol, if Extension.INFO was asked for: "tls" (kTLS), "mptcp" (a subflow of it), or ""."""
         return _text(_attribute(self.attribute(INET_DIAG_ULP_INFO) or b"", INET_ULP_INFO_NAME))
 
 
@@ -131,7 +131,6 @@ class SockDiag:
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG)
         except OSError as error:
             raise _explained(error) from None
-        self._sequence = 0
 
     def __enter__(self) -> Self:
         return self
@@ -214,8 +213,7 @@ class SockDiag:
         # One request and all of its answer. By cookie, since a hash bucket that changes during a dump can show a socket
         # twice. Raises OSError: the kernel's, and InterruptedError where the kernel says the dump is inconsistent.
         # This loop is what a listing costs, so it makes no call that it can do without.
-        self._sequence += 1
-        header = _HEADER.pack(_HEADER.size + len(request), SOCK_DIAG_BY_FAMILY, flags, self._sequence, 0)
+        header = _HEADER.pack(_HEADER.size + len(request), SOCK_DIAG_BY_FAMILY, flags, 0, 0)
         self._socket.send(header + request)
         found: dict[int, Connection] = {}
         flags_seen, more, new = 0, True, tuple.__new__
@@ -226,20 +224,17 @@ class SockDiag:
             while offset < size:
                 ipv4 = data[offset + _HEADER.size] == socket.AF_INET
                 (
-                    length, kind, message_flags, sequence,
-                    state, timer, local_port, remote_port, local, remote,
+                    length, kind, message_flags, state, timer, local_port, remote_port, local, remote,
                     interface, cookie, expires, recv_queue, send_queue, uid, inode,
                 ) = (_REPLY4 if ipv4 else _REPLY6).unpack_from(data, offset)  # fmt: skip
                 end = offset + length
-                if sequence != self._sequence:
-                    pass  # what is left of an answer that was given up
-                elif kind in (NLMSG_DONE, NLMSG_ERROR):
+                flags_seen |= message_flags
+                if kind in (NLMSG_DONE, NLMSG_ERROR):
                     (code,) = _INT.unpack_from(data, offset + _HEADER.size)
                     if code:
                         raise OSError(-code, os.strerror(-code))
                     more = False
                 else:
-                    flags_seen |= message_flags
                     if not ipv4 and local.startswith(_MAPPED):
                         local, remote = local[12:], remote[12:]
                     four_tuple = new(FourTuple, (local, ntohs(local_port), remote, ntohs(remote_port)))

@@ -292,7 +292,7 @@ _PROBES = (
         False,
         _pidfd_getfd,
         "takes connections out of programs that know nothing of it",
-        "boot Linux 5.6 or newer, and a seccomp filter that allows it",
+        "boot Linux 5.6 or newer, with a seccomp filter that allows it",
         "CAP_SYS_PTRACE",
     ),
     _Probe(
