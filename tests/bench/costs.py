@@ -1,0 +1,155 @@
+"""What a connection costs: the public API against the C reference, idle, with full queues, few and many."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.bench.measure import ROOT, Contest, Report, narrate
+
+KIB = 1024
+QUEUES = {"receive": "in the receive queue", "unacked": "sent, not acknowledged", "unsent": "not yet sent"}
+
+
+def measure(contest: Contest, report: Report) -> None:
+    times, many, few = (1, 200, 50) if report.quick else (5, 5000, 1000)
+    table: dict[str, Any] = {}
+
+    idle = _idle(contest, report, times, many, table)
+    _queues(contest, report, times, few, table)
+    _scale(contest, report, table)
+    report.tables["microseconds a connection, medians by the clock; cpu: this thread's processor time"] = table
+    report.tables["where a Python connection's time goes, idle"] = _shares(idle)
+    if calls := _calls(contest):
+        report.tables["system calls a connection, idle"] = calls
+
+
+def _idle(contest: Contest, report: Report, times: int, many: int, table: dict[str, Any]) -> dict[str, Any]:
+    """The limit compares with the reference as it is; like for like leaves out what the API leaves out as well."""
+    narrate(f"{many} idle connections")
+    idle = contest.alternate(
+        times,
+        {
+            "reference": partial(contest.reference, connections=many, rounds=3),
+            "like for like": partial(contest.reference, "--release", "--no-probe", connections=many, rounds=3),
+            "with options": partial(contest.reference, "--options", connections=many, rounds=3),
+            "python": partial(contest.subject, connections=many, rounds=3),
+        },
+    )
+    _ratio(report, f"{many} idle connections, Python to C", idle, 1.3)
+    table |= {
+        f"{many} idle, C": _row(idle["reference"]),
+        f"{many} idle, C, --release --no-probe": _row(idle["like for like"]),
+        f"{many} idle, C, --options": _row(idle["with options"]),
+        f"{many} idle, Python": _row(idle["python"]),
+    }
+    return idle
+
+
+def _queues(contest: Contest, report: Report, times: int, few: int, table: dict[str, Any]) -> None:
+    for queue, words in QUEUES.items():
+        narrate(f"{few} connections with 64 KiB {words}")
+        work = {"connections": few, "rounds": 3, queue: 64 * KIB}
+        contestants = {"reference": partial(contest.reference, **work), "python": partial(contest.subject, **work)}
+        figures = contest.alternate(times, contestants)
+        _ratio(report, f"64 KiB {words}, Python to C", figures, 1.2)
+        table[f"64 KiB {words}, C"] = _row(figures["reference"])
+        table[f"64 KiB {words}, Python"] = _row(figures["python"])
+
+
+def _scale(contest: Contest, report: Report, table: dict[str, Any]) -> None:
+    """Batches of 100, as a handoff makes them: a batch fits into the processor's caches, 10,000 connections do not."""
+    times, many = (1, 300) if report.quick else (5, 10_000)
+    narrate(f"100 connections and {many}")
+    figures = contest.alternate(
+        times,
+        {
+            "100, C": partial(contest.reference, connections=100, rounds=11),
+            "100, Python": partial(contest.subject, connections=100, rounds=11),
+            "all at once, C": partial(contest.reference, connections=many, rounds=2),
+            "all at once, Python": partial(contest.subject, connections=many, rounds=2),
+            "batches of 100, C": partial(contest.reference, connections=many, batch=100, rounds=2),
+            "batches of 100, Python": partial(contest.subject, connections=many, batch=100, rounds=2),
+        },
+    )
+    ratios = {
+        f"{order}, {language}": round(_cpu(figures, f"{order}, {language}") / _cpu(figures, f"100, {language}"), 3)
+        for order in ("all at once", "batches of 100")
+        for language in ("C", "Python")
+    }
+    name = f"a connection of {many} in batches of 100 to one of 100"
+    report.number(name, ratios["batches of 100, Python"], 1.1, "x", ratios=ratios, spread=figures)
+    for name, one in figures.items():
+        table[name if name.startswith("100,") else f"{many}, {name}"] = _row(one)
+
+
+def _cpu(figures: dict[str, Any], name: str) -> float:
+    median: float = figures[name]["cpu"]["median"]
+    return median
+
+
+def _ratio(report: Report, name: str, figures: dict[str, Any], limit: float) -> None:
+    """Processor time decides: neighbours on a shared machine spoil the clock. All ratios and spreads are kept."""
+    python = figures["python"]
+    ratios = {
+        f"{figure} to {other}": round(python[figure]["median"] / one[figure]["median"], 3)
+        for other, one in figures.items()
+        if other != "python"
+        for figure in ("cpu", "sum")
+    }
+    report.number(name, ratios["cpu to reference"], limit, "x", ratios=ratios, spread=figures)
+
+
+def _row(figures: dict[str, Any]) -> dict[str, float]:
+    return {name: one["median"] for name, one in figures.items() if name not in ("user", "system")}
+
+
+def _shares(idle: dict[str, Any]) -> dict[str, Any]:
+    """User and system time come from clock ticks, so they are averaged over all rounds."""
+    python, like = idle["python"], idle["like for like"]
+    cpu = python["cpu"]["median"]
+    kernel = cpu * python["system"]["mean"] / (python["system"]["mean"] + python["user"]["mean"])
+    return {
+        "in the kernel": {"us": round(kernel, 2)},
+        "interpreter and library": {"us": round(cpu - kernel, 2)},
+        "C, the same calls, all": {"us": like["cpu"]["median"]},
+    }
+
+
+def _calls(contest: Contest) -> dict[str, Any] | None:
+    """Exact: the calls of three rounds less those of one, so that set-up and check do not count."""
+    if not shutil.which("strace"):
+        return None
+    contestants: dict[str, list[str | Path]] = {
+        "C": [contest.program],
+        "Python": [sys.executable, "-m", "tests.bench.subject", "--reference", contest.program],
+    }
+    columns = {}
+    for name, command in contestants.items():
+        once, thrice = (_count(["unshare", "--net", *command], rounds) for rounds in (1, 3))
+        columns[name] = {call: (thrice[call] - once.get(call, 0)) / 200 for call in thrice}
+    calls = {call for column in columns.values() for call, count in column.items() if count >= 0.9}
+    return {call: {name: round(column.get(call, 0), 2) for name, column in columns.items()} for call in sorted(calls)}
+
+
+def _count(command: list[str | Path], rounds: int) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile("r") as log:
+        trace: list[str | Path] = ["strace", "-f", "-qq", "-e", "signal=none", "-o", log.name]
+        subprocess.run(
+            [*trace, *command, "--connections", "100", "--rounds", str(rounds)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            cwd=ROOT,
+        )
+        counts: dict[str, int] = {}
+        for line in log:
+            if call := re.match(r"\d+ +([sg]etsockopt)\(\d+, \w+, (\w+)|\d+ +(\w+)\(", line):
+                name = f"{call[1]} {call[2]}" if call[1] else call[3]
+                counts[name] = counts.get(name, 0) + 1
+    return counts

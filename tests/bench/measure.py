@@ -1,0 +1,163 @@
+"""What all benches share: samples and their spread, limits, the report, the reference and its runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from types import TracebackType
+from typing import Any, Self
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+Run = Callable[[], list[dict[str, float]]]  # one run of a contestant: the rounds that count
+
+
+def narrate(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def spread(samples: Iterable[float]) -> dict[str, float]:
+    """Median, mean, extremes and the median absolute deviation."""
+    values = list(samples)
+    middle = median(values)
+    away = median(abs(value - middle) for value in values)
+    figures = {"median": middle, "mean": fmean(values), "min": min(values), "max": max(values), "mad": away}
+    return {**{name: round(value, 3) for name, value in figures.items()}, "samples": len(values)}
+
+
+def elapsed(command: Sequence[str | Path], **more: Any) -> float:
+    """Milliseconds from start to end of a command whose output goes nowhere."""
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, **more)
+    return (time.perf_counter() - start) * 1e3
+
+
+def in_own_network(module: str, *arguments: object) -> Any:
+    """Run a module of this package in a new network namespace; the JSON it prints."""
+    command = ["unshare", "--net", sys.executable, "-m", f"tests.bench.{module}", *map(str, arguments)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT).stdout)
+
+
+@dataclass
+class Report:
+    """What was measured: numbers that have a limit, and tables that explain them."""
+
+    verb: str
+    quick: bool = False
+    numbers: list[dict[str, Any]] = field(default_factory=list)
+    tables: dict[str, Any] = field(default_factory=dict)
+
+    def number(
+        self, name: str, value: float, limit: float, unit: str, *, at_least: bool = False, **detail: Any
+    ) -> None:
+        """One number of the requirements; ``limit`` is the most it may be, or the least."""
+        ok = value >= limit if at_least else value <= limit
+        self.numbers.append(
+            {
+                "name": name,
+                "value": round(value, 3),
+                "limit": limit,
+                "bound": "min" if at_least else "max",
+                "unit": unit,
+                "ok": ok,
+                **detail,
+            }
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "v": 1,
+            "bench": self.verb,
+            "quick": self.quick,
+            "host": {
+                "kernel": platform.release(),
+                "machine": platform.machine(),
+                "processors": os.cpu_count(),
+                "python": platform.python_version(),
+                "compiler": platform.python_compiler(),
+            },
+            "numbers": self.numbers,
+            "tables": self.tables,
+        }
+
+    def print_table(self) -> None:
+        """The numbers and tables for a person, on standard error."""
+        rows = [
+            (
+                *(each["name"], f"{each['value']:g}", f"{'>=' if each['bound'] == 'min' else '<='} {each['limit']:g}"),
+                *(each["unit"], "ok" if each["ok"] else "MISSED"),
+            )
+            for each in self.numbers
+        ]
+        narrate("")
+        print(format_rows(("number", "value", "limit", "unit", ""), rows), file=sys.stderr)
+        for title, table in self.tables.items():
+            columns = list(next(iter(table.values())))
+            body = [(name, *(f"{row.get(column, '')}" for column in columns)) for name, row in table.items()]
+            print(f"\n{title}\n{format_rows(('', *columns), body)}", file=sys.stderr)
+
+
+def format_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = (
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in (head, *rows)
+    )
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+class Contest(AbstractContextManager["Contest"]):
+    """The reference, built for this run, and the Python API, which take turns at the same work."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="tcpmig-bench-")
+        self.program = Path(self._directory.name, "reference")
+
+    def __enter__(self) -> Self:
+        source = Path(__file__).with_name("reference.c")
+        subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-o", self.program, source], check=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._directory.cleanup()
+
+    def reference(self, *flags: str, **arguments: int) -> list[dict[str, float]]:
+        """The rounds of one run in C, without the first, which warms the caches."""
+        command = [str(self.program), *_options(arguments), *flags]
+        return _rounds(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+
+    def subject(self, **arguments: int) -> list[dict[str, float]]:
+        """The same in Python."""
+        return _rounds(in_own_network("subject", "--reference", self.program, *_options(arguments)))
+
+    def alternate(self, times: int, contestants: Mapping[str, Run]) -> dict[str, Any]:
+        """Let the contestants take turns; of each, by figure, what `spread` says about all rounds that count."""
+        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+        for _ in range(times):
+            for name, run in contestants.items():
+                rounds[name] += run()
+        return {
+            name: {figure: spread(one[figure] for one in mine) for figure in mine[0]} for name, mine in rounds.items()
+        }
+
+
+def _options(arguments: dict[str, int]) -> list[str]:
+    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+
+
+def _rounds(result: dict[str, Any]) -> list[dict[str, float]]:
+    rounds: list[dict[str, float]] = result["rounds"]
+    return rounds[1:]
