@@ -17,6 +17,7 @@ import struct
 from collections.abc import Iterator, Sequence
 
 from migrate.errors import HostError, KernelError, from_oserror
+from migrate.kernel import uapi
 
 __all__ = [
     "NLM_F_APPEND",
@@ -45,8 +46,6 @@ NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11  # include/uapi/linux/netfilter/nfnetlink.h
 NFNL_SUBSYS_NFTABLES = 10
-
-SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33  # include/uapi/asm-generic/socket.h
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _GENERAL = struct.Struct(">BBH")  # struct nfgenmsg: family, version, resource
@@ -150,7 +149,7 @@ class Netfilter:
     def enlarge_receive_buffer(self, size: int) -> None:
         """Room for ``size`` bytes of messages that come unasked, or what net.core.rmem_max allows."""
         with contextlib.suppress(PermissionError):  # asks for CAP_NET_ADMIN in the *first* user namespace
-            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)
+            self._socket.setsockopt(socket.SOL_SOCKET, uapi.SO_RCVBUFFORCE, size)
             return
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
@@ -214,7 +213,7 @@ class Netfilter:
 
     def _enlarge_send_buffer(self, size: int) -> None:
         with contextlib.suppress(PermissionError):  # as enlarge_receive_buffer()
-            self._socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, size)
+            self._socket.setsockopt(socket.SOL_SOCKET, uapi.SO_SNDBUFFORCE, size)
             return
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
 

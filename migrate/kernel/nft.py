@@ -81,8 +81,12 @@ class HoldTable(Table):
         if group is None:
             raise NotFound(f"there is no table {HOLD + name} here")
         table = cls(name, group)
-        table.members = {each: held.outgoing for each, held in table.elements().items()}
+        table.reload()
         return table
+
+    def reload(self) -> None:
+        """Take ``members`` from the kernel: somebody else may have changed the table. Raises NotFound if it is gone."""
+        self.members = {each: held.outgoing for each, held in self.elements().items()}
 
     def add(self, tuples: Iterable[FourTuple], timeout: float, *, outgoing: bool = True) -> None:
         """Hold these connections, from both sides or only what arrives, until ``timeout`` seconds from now.
