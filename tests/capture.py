@@ -10,11 +10,12 @@ from __future__ import annotations
 import mmap
 import socket
 import struct
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from migrate.kernel import netns
 
-__all__ = ["Capture", "Segment"]
+__all__ = ["Capture", "Segment", "retransmissions"]
 
 # include/uapi/linux/if_packet.h
 SOL_PACKET, PACKET_RX_RING, PACKET_STATISTICS, PACKET_VERSION, TPACKET_V2 = 263, 5, 6, 10, 1
@@ -105,21 +106,8 @@ class Capture:
 
     @property
     def retransmissions(self) -> list[Segment]:
-        """The segments that carry sequence space which their flow had sent before."""
-        found = []
-        sent: dict[tuple[bytes, int, bytes, int], int] = {}
-        for segment in self.segments:
-            if segment.end == segment.seq or segment.flags & RST:
-                continue  # a mere ACK, a keepalive or window probe of zero length
-            highest = sent.get(segment.flow)
-            if highest is None or (segment.flags & SYN and segment.end != highest):
-                sent[segment.flow] = segment.end
-                continue
-            if _after(highest, segment.seq):
-                found.append(segment)
-            if _after(segment.end, highest):
-                sent[segment.flow] = segment.end
-        return found
+        """The segments with sequence space that this wire has carried before: see :func:`retransmissions`."""
+        return retransmissions(self.segments)
 
     def _drain(self) -> None:
         """Take what is in the ring and give the slots back."""
@@ -143,9 +131,52 @@ class Capture:
         self._dropped += struct.unpack("=II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))[1]
 
 
-def _after(a: int, b: int) -> bool:
-    """Whether sequence number ``a`` lies after ``b``."""
-    return 0 < (a - b) % 2**32 < 2**31
+def retransmissions(segments: Iterable[Segment]) -> list[Segment]:
+    """The segments with sequence space that one of the same flow had before. One that merely comes late is none.
+
+    TCP's tail loss probes count, and a receiver that delays its ACK draws one from a sender with a short round trip, on
+    the best of networks: ``tcp_early_retrans`` 0 at the sender keeps to what is retransmitted as lost.
+    """
+    sent: dict[tuple[bytes, int, bytes, int], _Sent] = {}
+    found = []
+    for segment in segments:
+        if segment.seq == segment.end or segment.flags & RST:
+            continue  # a mere ACK, a keepalive, a probe of the window
+        if segment.flow not in sent or (segment.flags & SYN and not sent[segment.flow].begins_with(segment)):
+            sent[segment.flow] = _Sent(segment)
+        elif sent[segment.flow].repeats(segment):
+            found.append(segment)
+    return found
+
+
+class _Sent:
+    """The sequence space that a flow has sent, as distances from its first segment: up to ``end`` but for ``holes``."""
+
+    def __init__(self, first: Segment) -> None:
+        self._first, self._end = first.seq, 0
+        self._holes: list[tuple[int, int]] = []
+        self.repeats(first)
+
+    def begins_with(self, segment: Segment) -> bool:
+        return segment.seq == self._first
+
+    def repeats(self, segment: Segment) -> bool:
+        """Whether some of the segment had been sent before; from now on all of it has."""
+        start = self._end + (segment.seq - self._first - self._end + 2**31) % 2**32 - 2**31
+        end = start + (segment.end - segment.seq) % 2**32
+        if start > self._end:
+            self._holes.append((self._end, start))
+        new = max(0, end - max(start, self._end))
+        holes = []
+        for low, high in self._holes:
+            filled = max(low, start), min(high, end)
+            if filled[0] >= filled[1]:
+                holes.append((low, high))
+                continue
+            new += filled[1] - filled[0]
+            holes += [hole for hole in ((low, filled[0]), (filled[1], high)) if hole[0] < hole[1]]
+        self._holes, self._end = holes, max(end, self._end)
+        return new < end - start
 
 
 def _parsed(frame: bytes, network: int, ethertype: int, time: int, outgoing: bool) -> Segment | None:

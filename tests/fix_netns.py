@@ -25,7 +25,7 @@ import itertools
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -43,22 +43,36 @@ VIP4, VIP6 = "10.0.0.100", "fd00::100"
 
 _count = itertools.count(1)
 
-# Duplicate address detection would make an IPv6 address wait a second. New namespaces inherit the machine's preferred
-# congestion control; reno is the one that every kernel has and lets a namespace choose, so runs are alike everywhere.
 SYSCTLS = {
+    # Received packets queue on one CPU. A veth queues on the sender's, and a sender that moves to another overtakes
+    # itself: TCP retransmits what nobody lost. New in Linux 6.3; before, a few runs in a thousand see that happen.
+    "net.core.rps_default_mask": "1",
+    # No duplicate address detection, which makes an IPv6 address wait a second; no router's advice.
     "net.ipv6.conf.all.accept_dad": "0",
     "net.ipv6.conf.default.accept_dad": "0",
     "net.ipv6.conf.default.accept_ra": "0",
+    # New namespaces inherit the machine's preference; this one every kernel has and lets a namespace choose.
     "net.ipv4.tcp_congestion_control": "reno",
 }
+NEWER = {"net.core.rps_default_mask"}  # settings that an older kernel may lack
 
 
 def ip(lines: Iterable[str], *, namespace: str | None = None) -> None:
     """Give iproute2 a batch; raises with its words on the first line that fails."""
-    command = ["ip", *(["-n", namespace] if namespace else []), "-batch", "-"]
-    done = subprocess.run(command, input="\n".join(lines), text=True, capture_output=True, check=False)
+    with netns.entered(namespace):
+        done = subprocess.run(
+            ["ip", "-batch", "-"], input="\n".join(lines), text=True, capture_output=True, check=False
+        )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+        raise RuntimeError(f"ip -batch in {namespace or 'this namespace'}: {done.stderr.strip()}")
+
+
+def configure(sysctls: Mapping[str, str]) -> None:
+    """Set the ``net.*`` settings of this thread's namespace."""
+    for name, value in sysctls.items():
+        file = Path("/proc/sys", *name.split("."))
+        if file.exists() or name not in NEWER:
+            file.write_text(value)
 
 
 @dataclass
@@ -142,12 +156,11 @@ class Lan:
 
     def _build(self, mtu: int) -> None:
         ip(f"netns add {name}" for name in self._namespaces())
-        for host in self.hosts.values():
-            with host.entered():
-                for name, value in SYSCTLS.items():
-                    Path("/proc/sys", *name.split(".")).write_text(value)
+        for name in self._namespaces():
+            with netns.entered(name):
+                configure(SYSCTLS)
         with netns.entered(self.bridge_netns):
-            Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
+            configure({"net.ipv6.conf.default.disable_ipv6": "1"})
         # A veth whose index equals its peer's looks like no virtual device to the kernel's link watch, which then takes
         # a second to notice its carrier (linkwatch_urgent_event): so the ports count from 100.
         ip(
@@ -176,8 +189,9 @@ class Lan:
         self._await_ports()
 
     def _await_ports(self) -> None:
-        show = ["bridge", "-n", self.bridge_netns, "link"]
-        until(lambda: subprocess.check_output(show, text=True).count("state forwarding") == len(self.hosts))
+        with netns.entered(self.bridge_netns):
+            show = ["bridge", "link"]
+            until(lambda: subprocess.check_output(show, text=True).count("state forwarding") == len(self.hosts))
 
     def _namespaces(self) -> list[str]:
         return [self.bridge_netns, *(host.netns for host in self.hosts.values())]

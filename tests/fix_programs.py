@@ -85,11 +85,10 @@ class Program:
         """Whether its host listens on that port; raises with its words when the program has ended."""
         if self.process.poll() is not None:
             raise AssertionError(f"{self.process.args!r} ended with {self.process.returncode}: {self.log}")
-        lines = [line.split() for name in ("tcp", "tcp6") for line in self._proc_net(name)]
+        with self.host.entered():
+            tables = [Path(f"/proc/thread-self/net/{name}").read_text() for name in ("tcp", "tcp6")]
+        lines = [line.split() for table in tables for line in table.splitlines()[1:]]
         return any(state == TCP_LISTEN and local.endswith(f":{port:04X}") for _, local, _, state, *_ in lines)
-
-    def _proc_net(self, name: str) -> list[str]:
-        return Path(f"/proc/{self.pid}/net/{name}").read_text().splitlines()[1:]
 
     def stop(self) -> None:
         """Ask it to stop; whoever of its group does not is killed, and that is an error."""

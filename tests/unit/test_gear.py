@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from tests.capture import BLOCK, FRAME, Capture
+from tests.capture import ACK, BLOCK, FRAME, Capture, Segment, retransmissions
 from tests.fix_netns import NAMED, PREFIX, LanFactory, ip, sweep
 from tests.peers import Peer, connect, digest, echo_server, noise
 from tests.waiting import until
@@ -21,6 +21,8 @@ def test_capture_sees_every_byte_and_peers_digest_them(lan: LanFactory, family: 
     net = lan("client", "a")
     client, a = net.host("client"), net.host("a")
     address = a.ip4 if family == 4 else a.ip6
+    for host in (client, a):
+        host.sysctl("net.ipv4.tcp_early_retrans", 0)
     with net.capture(client) as wire:
         here, there = connect(client, a, address)
         with here, there:
@@ -52,6 +54,29 @@ def test_capture_counts_resets_and_retransmissions(lan: LanFactory) -> None:
         here.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         here.close()
         assert [s.outgoing for s in wire.rsts] == [True]
+
+
+@pytest.mark.parametrize("first", [1000, 2**32 - 250])
+@pytest.mark.parametrize(
+    ("sent", "repeated"),
+    [
+        ([(0, 100), (100, 100)], []),
+        ([(0, 100), (0, 100)], [1]),
+        ([(0, 100), (200, 100), (100, 100)], []),  # overtaken
+        ([(0, 100), (200, 100), (100, 100), (100, 100)], [3]),
+        ([(0, 100), (200, 200), (100, 50), (150, 50), (150, 50)], [4]),
+        ([(0, 100), (200, 100), (100, 200)], [2]),  # fills the gap, and more
+        ([(0, 100), (200, 100), (400, 100), (100, 100), (300, 100), (500, 100)], []),
+        ([(0, 200), (100, 200)], [1]),  # partly new
+        ([(0, 100), (99, 0)], []),  # a probe without data
+    ],
+)
+def test_what_is_a_retransmission(sent: list[tuple[int, int]], repeated: list[int], first: int) -> None:
+    segments = [
+        Segment(i, True, b"", b"", b"", 1, b"", 2, (first + at) % 2**32, 0, ACK, 0, length)
+        for i, (at, length) in enumerate(sent)
+    ]
+    assert [segment.time for segment in retransmissions(segments)] == repeated
 
 
 def test_a_capture_that_overflowed_says_so(lan: LanFactory) -> None:
