@@ -9,7 +9,6 @@ and a status that no agent of ours made, becomes RemoteError.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 import grpc
 import grpc.aio
@@ -86,10 +85,11 @@ def to_problem(error: errors.Error) -> types_pb2.Problem:
 
 def from_problem(problem: types_pb2.Problem) -> errors.Error:
     """The error that ``to_problem`` was given, on the other host; never raises, whatever the message holds."""
-    return _build(problem.reason, problem.what, problem.hint or None, problem.metadata)
+    return _build(problem.reason, problem.what, problem.hint or None, dict(problem.metadata))
 
 
-def _build(reason: str, what: str, hint: str | None, metadata: Mapping[str, str]) -> errors.Error:
+# ``metadata`` is a real dictionary: a map of protobuf's answers for keys that it does not have.
+def _build(reason: str, what: str, hint: str | None, metadata: dict[str, str]) -> errors.Error:
     kind = _KINDS.get(reason, errors.RemoteError)
     # The constructors of some types compose `what` from their arguments; here it is composed already.
     error = kind.__new__(kind)
@@ -124,10 +124,13 @@ def from_rpc_error(error: grpc.aio.AioRpcError, agent: str) -> errors.Error:
         return info
     said = error.details() or "it gave no reason"
     what, hint = _ELSE.get(error.code(), ("failed: {said} [{code}]", None))
-    if error.code() is grpc.StatusCode.UNAVAILABLE and re.search("handshake|certificate|ssl", said, re.IGNORECASE):
-        hint = "are both certificates of the same authority, and does the agent's bear the name it was called by?"
+    if _HANDSHAKE.search(said):
+        hint = "are both certificates valid and of one authority, and does the agent's bear the name it was called by?"
     return errors.RemoteError(f"agent {agent} {what.format(said=said[:_MAX_TEXT], code=error.code().name)}", hint=hint)
 
+
+# What gRPC says of a failed TLS handshake. An agent that does not accept the caller's certificate just hangs up.
+_HANDSHAKE = re.compile(r"failed to connect.*(socket closed|handshake|certificate|ssl|verification)", re.I | re.S)
 
 _ELSE: dict[grpc.StatusCode, tuple[str, str | None]] = {
     grpc.StatusCode.UNAVAILABLE: ("cannot be reached: {said}", "is it running, and does it listen there?"),
@@ -153,5 +156,5 @@ def _error_info(error: grpc.aio.AioRpcError) -> errors.Error | None:
             detail.Unpack(info) or detail.Unpack(help_)
         if info.domain == DOMAIN:
             hint = help_.links[0].description if help_.links else None
-            return _build(info.reason, status.message, hint, info.metadata)
+            return _build(info.reason, status.message, hint, dict(info.metadata))
     return None

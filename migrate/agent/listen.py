@@ -23,7 +23,7 @@ def listen_tcp(server: grpc.aio.Server, address: str, *, tls: Path | None, force
     UsageError for anything but a loopback address unless ``force``. Raises HostError if the address cannot be bound.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise errors.UsageError(f"{address!r} is no address to listen on", hint="HOST:PORT, or [HOST]:PORT for IPv6")
     if tls is None and not force and not _is_loopback(host):
         hint = "make certificates with `tcpmig agent init-tls DIR` and pass --tls DIR"

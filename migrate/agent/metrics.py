@@ -95,7 +95,7 @@ class Metrics:
         self._refused.inc()
 
     def watch(self, *, held: Callable[[], int], doubt: Callable[[], int], expiry: Callable[[], float] | None) -> None:
-        """Ask these at each scrape: connections held, connections in doubt, the certificate's end (seconds since 1970)."""
+        """Ask these at each scrape: connections held, connections in doubt, the certificate's end (unix time)."""
         self._held.set_function(held)
         self._doubt.set_function(doubt)
         if expiry is not None:
@@ -108,13 +108,13 @@ class Metrics:
         Raises UsageError for an address that is none, HostError if it cannot be bound.
         """
         host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal():
+        if not host or not port.isdecimal() or int(port) > 65535:
             raise errors.UsageError(
                 f"{address!r} is no address to listen on", hint="HOST:PORT, or [HOST]:PORT for IPv6"
             )
         try:
             server, thread = start_http_server(int(port), host.strip("[]"), self.registry)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise errors.HostError(f"cannot serve metrics on {address}: {error}") from None
         try:
             yield server.server_port

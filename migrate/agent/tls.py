@@ -21,6 +21,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -43,6 +44,10 @@ _AUTHORITY_DAYS = 3650
 _CERTIFICATE_DAYS = 397  # what browsers allow; long enough to try out, short enough to make people automate it
 _SKEW = datetime.timedelta(hours=1)  # two hosts' clocks may differ by this much
 
+_HOST = re.compile(r"(\*\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*", re.IGNORECASE)
+
+_Key = ec.EllipticCurvePrivateKey
+
 _log = get_logger(__name__)
 
 
@@ -56,6 +61,8 @@ def init_tls(directory: str | os.PathLike[str], names: Sequence[str]) -> None:
         raise errors.UsageError("an agent's certificate needs at least one name", hint="give the names it is called by")
     where = Path(directory)
     files = [where / f"{stem}.{kind}" for stem in ("ca", "agent", "client") for kind in ("key", "crt")]
+    for name in names:
+        _host_name(name)
     for path in files:
         if path.exists():
             raise errors.UsageError(f"{path} exists already", hint="choose another directory, or remove it first")
@@ -64,9 +71,10 @@ def init_tls(directory: str | os.PathLike[str], names: Sequence[str]) -> None:
     except OSError as error:
         raise errors.from_oserror(f"mkdir {where}", error, hint="choose a directory you may write to") from None
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tcpmig private authority")])
+    # Two authorities of the same name in one ca.crt would be taken for each other.
+    subject = _name(f"tcpmig private authority {os.urandom(4).hex()}")
     authority = (
-        _builder(subject, subject, key, _AUTHORITY_DAYS)
+        _builder(subject, subject, key, key, _AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(key_cert_sign=True), critical=True)
         .sign(key, hashes.SHA256())
@@ -100,10 +108,9 @@ def issue(
     usages = [ExtendedKeyUsageOID.CLIENT_AUTH]
     if role is Role.AGENT:  # nobody else may pose as an agent
         usages.append(ExtendedKeyUsageOID.SERVER_AUTH)
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
     alternatives = [x509.UniformResourceIdentifier(uri_of(role, name)), *map(_host_name, hosts)]
     certificate = (
-        _builder(subject, authority.subject, key, days)
+        _builder(_name(name[:64]), authority.subject, key, signer, days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
@@ -118,7 +125,14 @@ def _host_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
-        return x509.DNSName(host)
+        pass
+    if not _HOST.fullmatch(host):
+        raise errors.UsageError(f"{host!r} is no host name and no address", hint="names in ASCII, without a port")
+    return x509.DNSName(host)
+
+
+def _name(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 
 def load_server_credentials(directory: str | os.PathLike[str]) -> grpc.ServerCredentials:
@@ -226,7 +240,8 @@ def _read(path: Path) -> bytes:
         raise errors.from_oserror(f"read {path}", error, hint="may this user read it?") from None
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: float) -> Any:
+def _builder(subject: x509.Name, issuer: x509.Name, key: _Key, signer: _Key, days: float) -> x509.CertificateBuilder:
+    """What every certificate has; ``signer`` is the authority's key."""
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -237,6 +252,7 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivate
         .not_valid_before(now - _SKEW)
         .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
     )
 
 
@@ -254,7 +270,7 @@ def _usage(*, digital_signature: bool = False, key_cert_sign: bool = False) -> x
     )
 
 
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _key_pem(key: _Key) -> bytes:
     encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     return key.private_bytes(encoding, form, serialization.NoEncryption())
 

@@ -15,7 +15,7 @@ from migrate import errors
 from migrate.agent.options import CHUNK_BYTES
 from migrate.agent.v1 import handoff_pb2 as pb
 from migrate.agent.v1 import types_pb2
-from migrate.fourtuple import FourTuple, unmapped
+from migrate.fourtuple import MAPPED, FourTuple, unmapped
 from migrate.handoff import messages
 from migrate.handoff.ids import ID_BYTES, Connection
 
@@ -43,7 +43,6 @@ STRING_COST = 64
 """What a string costs beside its bytes, about: so that many empty ones are no way around the limit."""
 
 _FOUR_TUPLE = struct.Struct("!16sH16sH")
-_MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, RFC 4291 section 2.5.5.2
 
 
 def negotiate(hello: pb.Hello) -> int:
@@ -253,7 +252,7 @@ def _list_of(connections: Sequence[Connection]) -> pb.ConnectionList:
 
 
 def _mapped(address: bytes) -> bytes:
-    return _MAPPED + address if len(address) == 4 else address
+    return MAPPED + address if len(address) == 4 else address
 
 
 def _pieces(strings: Sequence[bytes]) -> Iterator[pb.Piece]:
