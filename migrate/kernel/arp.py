@@ -9,10 +9,11 @@ import errno
 import fcntl
 import socket
 import struct
+from typing import Self
 
-from migrate.errors import HostError, NotFound, UsageError, from_oserror
+from migrate.errors import Error, HostError, NotFound, UsageError, from_oserror
 
-__all__ = ["announce"]
+__all__ = ["Announcer", "announce"]
 
 SIOCGIFHWADDR = 0x8927  # include/uapi/linux/sockios.h
 ARPHRD_ETHER = 1  # include/uapi/linux/if_arp.h
@@ -31,25 +32,66 @@ _BROADCAST = b"\xff" * 6
 _ALL_NODES, _ALL_NODES_MAC = socket.inet_pton(socket.AF_INET6, "ff02::1"), b"\x33\x33\x00\x00\x00\x01"
 
 
-def announce(device: str, address: bytes) -> None:
-    """Say on ``device`` of this thread's network namespace that the packed ``address`` has its hardware address.
+class Announcer:
+    """A socket on a device of this thread's network namespace, for announcing addresses there. A context manager.
 
-    An IPv4 address is announced as a request and as a reply, since some neighbours heed only one of them. Raises
-    NotFound for a device, HostError for one without Ethernet address, PrivilegeError, KernelError, UsageError.
+    Closing it takes 10 ms and more, as the kernel waits until no processor uses it: do that when nobody waits. Raises
+    NotFound for a device, HostError for one without Ethernet address, PrivilegeError, KernelError.
     """
-    if len(address) not in (4, 16):
-        raise UsageError("an address has 4 or 16 bytes")
-    try:
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as sock:
-            sock.bind((device, 0))
-            mac = _hardware_address(sock, device)
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        try:
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        except OSError as error:
+            raise _explained(device, error) from None
+        try:
+            self._socket.bind((device, 0))
+            _hardware_address(self._socket, device)
+        except OSError as error:
+            self._socket.close()
+            raise _explained(device, error) from None
+        except HostError:
+            self._socket.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket; again does nothing."""
+        self._socket.close()
+
+    def announce(self, address: bytes) -> None:
+        """Say that the packed ``address`` has the device's hardware address.
+
+        An IPv4 address is announced as a request and as a reply, since some neighbours heed only one of them. Raises
+        NotFound if the device is gone, KernelError, UsageError.
+        """
+        if len(address) not in (4, 16):
+            raise UsageError("an address has 4 or 16 bytes")
+        try:
+            mac = _hardware_address(self._socket, self._device)
             for frame in _arp(mac, address) if len(address) == 4 else [_advertisement(mac, address)]:
-                sock.send(frame)
-    except OSError as error:
-        if error.errno in (errno.ENODEV, errno.ENXIO):
-            raise NotFound(f"there is no device {device!r} here") from None
-        hint = "needs CAP_NET_RAW; run as root" if error.errno == errno.EPERM else None
-        raise from_oserror(f"announcing an address on {device}", error, hint=hint) from None
+                self._socket.send(frame)
+        except OSError as error:
+            raise _explained(self._device, error) from None
+
+
+def announce(device: str, address: bytes) -> None:
+    """`Announcer.announce`, once."""
+    with Announcer(device) as announcer:
+        announcer.announce(address)
+
+
+def _explained(device: str, error: OSError) -> Error:
+    if error.errno in (errno.ENODEV, errno.ENXIO):
+        return NotFound(f"there is no device {device!r} here")
+    hint = "needs CAP_NET_RAW; run as root" if error.errno == errno.EPERM else None
+    return from_oserror(f"announcing an address on {device}", error, hint=hint)
 
 
 def _hardware_address(sock: socket.socket, device: str) -> bytes:
