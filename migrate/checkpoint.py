@@ -5,9 +5,9 @@ The order of the calls in `dump` is the contract with the kernel:
 1. TCP_INFO, from which the state is judged: whatever must be refused is refused before anything is touched.
 2. TCP_REPAIR on. From here the application's own reads and writes fail, so the queues stand still as far as it is
    concerned. The network does not: hold the connection first (`migrate.hold`), or the copy may be stale.
-3. How much was never sent. This must be read *before* the send queue is selected: while it is selected, a pacing
-   timer moves segments on as sent without sending them.
-4. The send queue, then the receive queue, then no queue: an application's write() enters whichever is selected.
+3. Where the queues end. A queue is selected for as short as can be: an application's write() would enter it, and a
+   pacing timer would move bytes of a selected send queue on as sent without sending them.
+4. Whether the queues hold anything, now that nothing can enter them; if so, once more, with their bytes.
 5. Windows, timestamp, options, names. getpeername() comes last: it fails if the connection ended meanwhile.
 """
 
@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from migrate.errors import Error, Gone, NotFound, Refused, from_oserror
+from migrate.fourtuple import unmapped
 from migrate.ici import Ici
 from migrate.kernel import sockopt, tcpinfo, uapi
 from migrate.tcpstate import REBUILD, TcpState, Way
@@ -39,7 +40,11 @@ class HasFileno(Protocol):
 _MOVABLE = frozenset(state for state, plan in REBUILD.items() if plan.way is Way.REPAIR)
 _FIN_QUEUED = frozenset(state for state, plan in REBUILD.items() if plan.sent_fin and not plan.fin_acked)
 
-_facts = tcpinfo.reader("state", "options", "wscales", "snd_mss", "rtt", "rttvar", "snd_ssthresh", "snd_cwnd")
+_HOST, _KERNEL = os.uname().nodename, os.uname().release
+
+_facts = tcpinfo.reader(
+    "state", "options", "wscales", "snd_mss", "rtt", "rttvar", "snd_ssthresh", "snd_cwnd", "notsent_bytes"
+)
 
 
 def check(sock: HasFileno) -> None:
@@ -77,66 +82,62 @@ def dump(sock: HasFileno) -> Ici:
 
 def _read(sock: socket.socket, info: bytes) -> Ici:
     """The record of a socket that is in repair mode; on return no queue is selected."""
-    state, bits, wscales, mss, rtt, rttvar, ssthresh, cwnd = _facts(info)
-    # SO_MEMINFO tells in one call whether there is anything in either queue.
-    rmem_alloc, _, _, _, _, wmem_queued, *_ = sockopt.meminfo(sock)
-    unsent_length = sockopt.unsent_length(sock) if wmem_queued else 0
-    sent = unsent = received = b""
-
-    sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
-    write_seq = sockopt.queue_end(sock)
-    outstanding = 0
+    state, bits, wscales, mss, rtt, rttvar, ssthresh, cwnd, notsent = _facts(info)
+    write_seq, rcv_nxt = sockopt.queue_ends(sock)
+    rmem_alloc, _, _, _, _, wmem_queued, _, _, _ = sockopt.meminfo(sock)
+    snd_una, sent, unsent, received = write_seq, b"", b"", b""
     if wmem_queued:
-        outstanding = sockopt.queue_lengths(sock)[1]
-        fin = 1 if state in _FIN_QUEUED else 0
-        queue = _peek_exactly(sock, outstanding - fin)
-        boundary = len(queue) - max(unsent_length - fin, 0)
-        sent, unsent = (queue, b"") if boundary == len(queue) else (queue[:boundary], queue[boundary:])
-
-    sockopt.select_queue(sock, uapi.TCP_RECV_QUEUE)
-    rcv_nxt = sockopt.queue_end(sock)
+        snd_una, sent, unsent = _send_queue(sock, state, notsent)
     if rmem_alloc:
-        received = _peek_received(sock)
-    sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
-
+        rcv_nxt, received = _receive_queue(sock)
     snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup = sockopt.window(sock)
-    stamps = bits & uapi.TCPI_OPT_TIMESTAMPS
-    scales = tcpinfo.scales(wscales) if bits & uapi.TCPI_OPT_WSCALE else (-1, -1)
+    timestamps = ts_value = 0
+    if bits & uapi.TCPI_OPT_TIMESTAMPS:
+        timestamps = 2 if bits & uapi.TCPI_OPT_USEC_TS else 1
+        ts_value = sockopt.timestamp(sock)
+    snd_wscale, rcv_wscale = tcpinfo.scales(wscales) if bits & uapi.TCPI_OPT_WSCALE else (-1, -1)
+    mss_clamp = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+    congestion = sockopt.congestion(sock)
     local, remote = sock.getsockname(), sock.getpeername()
-    host, kernel = _origin()
+    # By position, in the order of the record's definition: by name takes ten times as long.
     return Ici(
-        family=4 if sock.family == socket.AF_INET else 6,
-        local=_packed(local[0]),
-        local_port=local[1],
-        remote=_packed(remote[0]),
-        remote_port=remote[1],
-        state=state,
-        snd_una=(write_seq - outstanding) & 0xFFFFFFFF,
-        rcv_nxt=rcv_nxt,
-        snd_wl1=snd_wl1,
-        snd_wnd=snd_wnd,
-        max_window=max_window,
-        rcv_wnd=rcv_wnd,
-        rcv_wup=rcv_wup,
-        mss_clamp=sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG),
-        mss=mss,
-        snd_wscale=scales[0],
-        rcv_wscale=scales[1],
-        sack=bool(bits & uapi.TCPI_OPT_SACK),
-        timestamps=(2 if bits & uapi.TCPI_OPT_USEC_TS else 1) if stamps else 0,
-        ts_value=sockopt.timestamp(sock) if stamps else 0,
-        ecn=1 if bits & uapi.TCPI_OPT_ECN else 0,
-        congestion=sockopt.congestion(sock),
-        cwnd=cwnd,
-        ssthresh=ssthresh,
-        srtt_us=rtt,
-        rttvar_us=rttvar,
-        origin_host=host,
-        origin_time=time.time_ns(),
-        origin_kernel=kernel,
-        sent=sent,
-        unsent=unsent,
-        received=received,
+        4 if len(local) == 2 else 6,
+        _packed(local[0]),
+        local[1],
+        _packed(remote[0]),
+        remote[1],
+        state,
+        snd_una,
+        rcv_nxt,
+        snd_wl1,
+        snd_wnd,
+        max_window,
+        rcv_wnd,
+        rcv_wup,
+        mss_clamp,
+        mss,
+        snd_wscale,
+        rcv_wscale,
+        bits & uapi.TCPI_OPT_SACK != 0,
+        timestamps,
+        ts_value,
+        1 if bits & uapi.TCPI_OPT_ECN else 0,
+        congestion,
+        cwnd,
+        ssthresh,
+        rtt,
+        rttvar,
+        b"",  # id and epoch are given by whoever moves the connection
+        0,
+        {},
+        -1,
+        b"",
+        _HOST,
+        time.time_ns(),
+        _KERNEL,
+        sent,
+        unsent,
+        received,
     )
 
 
@@ -166,45 +167,55 @@ def release(sock: HasFileno) -> None:
         raise from_oserror("releasing a connection", error) from None
 
 
-def _peek_exactly(sock: socket.socket, length: int) -> bytes:
-    """The selected send queue, which must have that length: one byte more is asked for to notice growth."""
-    if length <= 0:
-        return b""
-    data = sockopt.peek(sock, length + 1)
-    if len(data) != length:
-        raise Refused("its send queue changed while it was read", hint="hold the connection first, or try again")
-    return data
+def _send_queue(sock: socket.socket, state: int, notsent: int) -> tuple[int, bytes, bytes]:
+    """(snd_una, the sent part, the unsent part). ``notsent`` is what TCP_INFO said before the queue was selected.
+
+    What left since then met the hold and not the peer, so the larger number of unsent bytes is the true one.
+    """
+    fin = state in _FIN_QUEUED
+    notsent = max(notsent, sockopt.unsent_length(sock))
+    sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
+    write_seq = sockopt.queue_end(sock)
+    outstanding = sockopt.outstanding_length(sock)
+    queue = _peek(sock, outstanding - fin, "send")
+    sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
+    boundary = len(queue) - max(notsent - fin, 0)
+    sent, unsent = (queue, b"") if boundary >= len(queue) else (queue[:boundary], queue[boundary:])
+    return (write_seq - outstanding) & 0xFFFFFFFF, sent, unsent
 
 
-def _peek_received(sock: socket.socket) -> bytes:
-    length = sockopt.queue_lengths(sock)[0]
-    if length == 0:
-        return b""
+def _receive_queue(sock: socket.socket) -> tuple[int, bytes]:
+    """(rcv_nxt, what is unread), from its beginning whatever SO_PEEK_OFF the application set."""
+    sockopt.select_queue(sock, uapi.TCP_RECV_QUEUE)
+    rcv_nxt = sockopt.queue_end(sock)
     offset = sock.getsockopt(socket.SOL_SOCKET, uapi.SO_PEEK_OFF)
     if offset >= 0:
         sock.setsockopt(socket.SOL_SOCKET, uapi.SO_PEEK_OFF, -1)
     try:
-        data = sockopt.peek(sock, length + 1)
+        data = _peek(sock, sockopt.received_length(sock), "receive")
     finally:
         if offset >= 0:
             sock.setsockopt(socket.SOL_SOCKET, uapi.SO_PEEK_OFF, offset)
+    sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
+    return rcv_nxt, data
+
+
+def _peek(sock: socket.socket, length: int, which: str) -> bytes:
+    """The selected queue, which must have that length: one byte more is asked for to notice growth."""
+    if length <= 0:
+        return b""
+    data = sockopt.peek(sock, length + 1)
     if len(data) != length:
-        raise Refused("its receive queue changed while it was read", hint="hold the connection first, or try again")
+        raise Refused(f"its {which} queue changed while it was read", hint="hold the connection first, or try again")
     return data
 
 
+@functools.lru_cache(maxsize=4096)
 def _packed(address: str) -> bytes:
     """Network byte order; an IPv4-mapped IPv6 address gives the four bytes that are on the wire."""
     if ":" not in address:
         return socket.inet_aton(address)
-    packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0])
-    return packed[12:] if packed.startswith(b"\0\0\0\0\0\0\0\0\0\0\xff\xff") else packed
-
-
-@functools.cache
-def _origin() -> tuple[str, str]:
-    names = os.uname()
-    return names.nodename, names.release
+    return unmapped(socket.inet_pton(socket.AF_INET6, address.partition("%")[0]))
 
 
 @contextmanager

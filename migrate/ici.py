@@ -74,14 +74,12 @@ _Options = Annotated[
 ]
 
 
-class Ici(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
+class Ici(msgspec.Struct, omit_defaults=True, gc=False):
     """Everything needed to rebuild one connection elsewhere (Internal Connection Information).
 
     A queue is bytes or a memoryview. What it holds is user data: neither repr() nor str() shows it.
     """
 
-    id: Annotated[bytes, Meta(max_length=16), Field("names the connection wherever it goes; empty: none given")] = b""
-    epoch: Annotated[_U63, Field("grows with every move; of two records with one id the greater counts")] = 0
     family: Annotated[int, Meta(ge=4, le=6), Field("the socket's: 4, or 6; 6 with 4-byte addresses is IPv4-mapped")]
     local: Annotated[_Address, Field("this end's address as on the wire, network byte order")]
     local_port: Annotated[_Port, Field("this end's port")]
@@ -108,6 +106,8 @@ class Ici(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     ssthresh: Annotated[_U32, Field("slow start threshold", "segments")] = 0
     srtt_us: Annotated[_U32, Field("smoothed round-trip time", "microseconds")] = 0
     rttvar_us: Annotated[_U32, Field("variation of the round-trip time", "microseconds")] = 0
+    id: Annotated[bytes, Meta(max_length=16), Field("names the connection wherever it goes; empty: none given")] = b""
+    epoch: Annotated[_U63, Field("grows with every move; of two records with one id the greater counts")] = 0
     options: Annotated[_Options, Field("socket options unlike a fresh socket's, as getsockopt() gives them")] = {}
     urgent: Annotated[
         int, Meta(ge=-1, le=MAX_QUEUE), Field("where in received the urgent byte is; -1: none", "bytes")
@@ -207,6 +207,8 @@ def _contradiction(ici: Ici) -> tuple[str, str] | None:
         return "app", f"longer than {MAX_APP} bytes"
     if (ici.sent or ici.unsent) and state in _NOTHING_TO_SEND:
         return "sent", "bytes to send in a state that has none"
+    if ici.options and not "".join(ici.options).isprintable():
+        return "options", "characters that cannot be printed"
     if not ici.congestion.isprintable():
         return "congestion", "characters that cannot be printed"
     if not ici.origin_host.isprintable():

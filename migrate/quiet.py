@@ -56,7 +56,7 @@ class Holding(Protocol):
 def observe(sock: socket.socket) -> Activity:
     """Look at a connection; raises OSError if it ended."""
     sent_ago, received_ago, bytes_received, notsent, bytes_sent = _read(sockopt.tcp_info(sock))
-    return Activity(sockopt.queue_lengths(sock)[0], notsent, sent_ago, received_ago, bytes_received, bytes_sent)
+    return Activity(sockopt.received_length(sock), notsent, sent_ago, received_ago, bytes_received, bytes_sent)
 
 
 def verdict(before: Activity, now: Activity, *, settled: float) -> bool | None:

@@ -17,13 +17,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import socket
 import time
 
 from migrate.checkpoint import HasFileno
 from migrate.errors import Conflict, Error, HostError, Refused, from_oserror
+from migrate.fourtuple import MAPPED
 from migrate.ici import Ici
 from migrate.kernel import segment, sockopt, uapi
+from migrate.kernel.nft import MARK
 from migrate.tcpstate import REBUILD, Step, TcpState, Way
 
 __all__ = ["Restored", "activate", "discard", "restore"]
@@ -33,7 +36,6 @@ _SMALLEST_CHUNK = 1 << 10
 _MAXSEG_LIMIT = 32767  # MAX_TCP_WINDOW in include/net/tcp.h: the most TCP_MAXSEG takes
 _TRUESIZE = 4  # a queued byte's share of SO_SNDBUF and SO_RCVBUF at worst: headers and half-filled pages
 _INJECTION = 0.5  # seconds for an injected segment to arrive
-_MAPPED = bytes(10) + b"\xff\xff"
 
 
 class Restored(socket.socket):
@@ -115,12 +117,7 @@ def _rebuild(sock: socket.socket, ici: Ici) -> None:
     _connect(sock, ici)
     sockopt.set_repair_options(
         sock,
-        sockopt.repair_options(
-            mss=ici.mss_clamp,
-            scales=(ici.snd_wscale, ici.rcv_wscale) if ici.snd_wscale >= 0 else None,
-            sack=ici.sack,
-            timestamps=ici.timestamps > 0,
-        ),
+        sockopt.repair_options(ici.mss_clamp, ici.snd_wscale, ici.rcv_wscale, ici.sack, ici.timestamps > 0),
     )
     if ici.timestamps:
         sockopt.set_timestamp(sock, ici.ts_value & ~1 | (ici.timestamps == 2))
@@ -168,7 +165,7 @@ def _take_steps(sock: socket.socket, ici: Ici, steps: tuple[Step, ...]) -> None:
                     sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)  # so that the FIN counts as sent, and is not
                 sock.shutdown(socket.SHUT_WR)
                 continue
-            injector = injector or opened.enter_context(segment.Injector())
+            injector = injector or opened.enter_context(segment.Injector(MARK))
             flags = segment.ACK | segment.FIN if step is Step.INJECT_FIN else segment.ACK
             # Without a timestamp: a made-up one would be remembered and the peer's next, if older, refused.
             injector.inject(
@@ -203,13 +200,16 @@ def _connect(sock: socket.socket, ici: Ici) -> None:
 
 
 def _addresses(ici: Ici) -> tuple[tuple[str, int], tuple[str, int]]:
-    if ici.family == 4:
-        return (socket.inet_ntoa(ici.local), ici.local_port), (socket.inet_ntoa(ici.remote), ici.remote_port)
-    local, remote = ((_MAPPED + a if len(a) == 4 else a) for a in (ici.local, ici.remote))
-    return (
-        (socket.inet_ntop(socket.AF_INET6, local), ici.local_port),
-        (socket.inet_ntop(socket.AF_INET6, remote), ici.remote_port),
-    )
+    text = _text4 if ici.family == 4 else _text6
+    return (text(ici.local), ici.local_port), (text(ici.remote), ici.remote_port)
+
+
+_text4 = functools.lru_cache(maxsize=4096)(socket.inet_ntoa)
+
+
+@functools.lru_cache(maxsize=4096)
+def _text6(address: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET6, MAPPED + address if len(address) == 4 else address)
 
 
 def _bind_error(ici: Ici, error: OSError) -> Error:

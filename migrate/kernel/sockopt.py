@@ -16,6 +16,7 @@ comes: what a failure means depends on the caller's step, and the caller says so
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import socket
 import struct
@@ -30,15 +31,18 @@ __all__ = [
     "in_repair",
     "leave_repair",
     "meminfo",
+    "outstanding_length",
     "peek",
     "queue_end",
-    "queue_lengths",
+    "queue_ends",
+    "received_length",
     "repair_options",
     "select_queue",
     "set_queue_start",
     "set_repair_options",
     "set_timestamp",
     "set_window",
+    "signed",
     "state",
     "tcp_info",
     "timestamp",
@@ -50,15 +54,16 @@ __all__ = [
 _TCP = socket.IPPROTO_TCP
 _TCP_INFO_BYTES = 232  # up to tcpi_snd_wnd: what Linux 5.4 fills
 _INT = struct.Struct("=i")
-_UNSIGNED = struct.Struct("=I")
 _WINDOW = struct.Struct("=5I")  # struct tcp_repair_window
 _MEMINFO = struct.Struct("=9I")  # SK_MEMINFO_*
 _OPTION = struct.Struct("=II")  # struct tcp_repair_opt
 _FOUR = bytes(4)
 _UNSPEC = bytes(16)  # struct sockaddr, sa_family AF_UNSPEC
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.connect.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+# PyDLL: these calls never wait, so the interpreter lock is kept. No argtypes: declaring them doubles a call's cost.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_setsockopt = _libc.setsockopt
+_connect = _libc.connect
 
 
 def state(sock: socket.socket) -> int:
@@ -91,14 +96,34 @@ def disconnect(sock: socket.socket) -> None:
 
     It acts on the socket, not on the descriptor: every owner's next call gives ECONNABORTED, a poll gives ERR and HUP.
     """
-    if _libc.connect(sock.fileno(), _UNSPEC, len(_UNSPEC)) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    if _connect(sock.fileno(), _UNSPEC, 16) < 0:
+        raise _failure()
+
+
+def _failure() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
 
 
 def select_queue(sock: socket.socket, queue: int) -> None:
     """Which queue the next repair calls mean: uapi.TCP_SEND_QUEUE, TCP_RECV_QUEUE or TCP_NO_QUEUE."""
     sock.setsockopt(_TCP, uapi.TCP_REPAIR_QUEUE, queue)
+
+
+def signed(value: int) -> int:
+    """An unsigned 32-bit number as the int that Python's setsockopt() takes quickly; bytes cost it a microsecond."""
+    return (value & 0xFFFFFFFF) - (value << 1 & 0x100000000)
+
+
+def queue_ends(sock: socket.socket) -> tuple[int, int]:
+    """(write_seq, rcv_nxt): the ends of both queues, one look; on return no queue is selected."""
+    get, put = sock.getsockopt, sock.setsockopt
+    put(_TCP, uapi.TCP_REPAIR_QUEUE, uapi.TCP_SEND_QUEUE)
+    write_seq = get(_TCP, uapi.TCP_QUEUE_SEQ) & 0xFFFFFFFF
+    put(_TCP, uapi.TCP_REPAIR_QUEUE, uapi.TCP_RECV_QUEUE)
+    rcv_nxt = get(_TCP, uapi.TCP_QUEUE_SEQ) & 0xFFFFFFFF
+    put(_TCP, uapi.TCP_REPAIR_QUEUE, uapi.TCP_NO_QUEUE)
+    return write_seq, rcv_nxt
 
 
 def queue_end(sock: socket.socket) -> int:
@@ -108,23 +133,31 @@ def queue_end(sock: socket.socket) -> int:
 
 def set_queue_start(sock: socket.socket, sequence: int) -> None:
     """Where the selected queue begins; only in CLOSE."""
-    sock.setsockopt(_TCP, uapi.TCP_QUEUE_SEQ, _UNSIGNED.pack(sequence & 0xFFFFFFFF))
+    sock.setsockopt(_TCP, uapi.TCP_QUEUE_SEQ, signed(sequence))
 
 
 def meminfo(sock: socket.socket) -> tuple[int, ...]:
-    """SO_MEMINFO: (rmem_alloc, rcvbuf, wmem_alloc, sndbuf, fwd_alloc, wmem_queued, …) in bytes (sock_diag.h)."""
+    """SO_MEMINFO (sock_diag.h), bytes: (rmem_alloc, rcvbuf, wmem_alloc, sndbuf, fwd_alloc, wmem_queued, …).
+
+    rmem_alloc or wmem_queued of 0 means an empty queue; more may be bookkeeping or segments out of order.
+    """
     return _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, uapi.SO_MEMINFO, 36))
 
 
-def queue_lengths(sock: socket.socket) -> tuple[int, int]:
-    """(unread bytes received, bytes sent or unsent and not acknowledged); the latter counts an unacknowledged FIN."""
-    descriptor = sock.fileno()
-    received = _INT.unpack(ioctl(descriptor, uapi.SIOCINQ, _FOUR))[0]
-    return received, _INT.unpack(ioctl(descriptor, uapi.SIOCOUTQ, _FOUR))[0]
+def received_length(sock: socket.socket) -> int:
+    """SIOCINQ: bytes received in order and not read."""
+    length: int = _INT.unpack(ioctl(sock.fileno(), uapi.SIOCINQ, _FOUR))[0]
+    return length
+
+
+def outstanding_length(sock: socket.socket) -> int:
+    """SIOCOUTQ: write_seq - snd_una, so it counts a FIN that is not acknowledged."""
+    length: int = _INT.unpack(ioctl(sock.fileno(), uapi.SIOCOUTQ, _FOUR))[0]
+    return length
 
 
 def unsent_length(sock: socket.socket) -> int:
-    """Bytes written and never sent; counts an unsent FIN."""
+    """SIOCOUTQNSD: bytes written and never sent; counts an unsent FIN."""
     length: int = _INT.unpack(ioctl(sock.fileno(), uapi.SIOCOUTQNSD, _FOUR))[0]
     return length
 
@@ -143,18 +176,24 @@ def window(sock: socket.socket) -> tuple[int, ...]:
 
 
 def set_window(sock: socket.socket, values: tuple[int, int, int, int, int]) -> None:
-    """TCP_REPAIR_WINDOW, in the order that `window` gives. EINVAL where max_window < snd_wnd or rcv_wup lies after rcv_nxt."""
-    sock.setsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, _WINDOW.pack(*values))
+    """TCP_REPAIR_WINDOW, as `window` gives it. EINVAL where max_window < snd_wnd or rcv_wup lies after rcv_nxt."""
+    if _setsockopt(sock.fileno(), _TCP, uapi.TCP_REPAIR_WINDOW, _WINDOW.pack(*values), 20) < 0:
+        raise _failure()
 
 
 def congestion(sock: socket.socket) -> str:
     """TCP_CONGESTION: the name of the congestion control."""
-    return sock.getsockopt(_TCP, socket.TCP_CONGESTION, 16).partition(b"\0")[0].decode("ascii")
+    return _text(sock.getsockopt(_TCP, socket.TCP_CONGESTION, 16))
+
+
+@functools.lru_cache
+def _text(raw: bytes) -> str:
+    return raw.partition(b"\0")[0].decode("ascii", "replace")
 
 
 def upper_layer(sock: socket.socket) -> str:
     """TCP_ULP: the name of the protocol that the kernel runs above TCP ("tls"), or empty."""
-    return sock.getsockopt(_TCP, uapi.TCP_ULP, 16).partition(b"\0")[0].decode("ascii", "replace")
+    return _text(sock.getsockopt(_TCP, uapi.TCP_ULP, 16))
 
 
 def timestamp(sock: socket.socket) -> int:
@@ -164,21 +203,23 @@ def timestamp(sock: socket.socket) -> int:
 
 def set_timestamp(sock: socket.socket, value: int) -> None:
     """Go on counting from there. Since Linux 6.7 the low bit chooses the unit: 1 microseconds, 0 milliseconds."""
-    sock.setsockopt(_TCP, uapi.TCP_TIMESTAMP, _UNSIGNED.pack(value & 0xFFFFFFFF))
+    sock.setsockopt(_TCP, uapi.TCP_TIMESTAMP, signed(value))
 
 
-def repair_options(*, mss: int, scales: tuple[int, int] | None, sack: bool, timestamps: bool) -> bytes:
-    """What was negotiated, as TCP_REPAIR_OPTIONS takes it. ``scales`` is (ours for sending, ours for receiving)."""
+@functools.lru_cache(maxsize=1024)
+def repair_options(mss: int, snd_wscale: int, rcv_wscale: int, sack: bool, timestamps: bool) -> bytes:
+    """What was negotiated, as TCP_REPAIR_OPTIONS takes it; scales of -1 mean that scaling was not."""
     options = _OPTION.pack(uapi.TCPOPT_MSS, mss)
     if timestamps:
         options += _OPTION.pack(uapi.TCPOPT_TIMESTAMP, 0)
     if sack:
         options += _OPTION.pack(uapi.TCPOPT_SACK_PERMITTED, 0)
-    if scales is not None:
-        options += _OPTION.pack(uapi.TCPOPT_WINDOW, scales[0] | scales[1] << 16)
+    if snd_wscale >= 0:
+        options += _OPTION.pack(uapi.TCPOPT_WINDOW, snd_wscale | rcv_wscale << 16)
     return options
 
 
 def set_repair_options(sock: socket.socket, options: bytes) -> None:
     """Only in repair mode and in ESTABLISHED, which connect() in repair mode gives at once."""
-    sock.setsockopt(_TCP, uapi.TCP_REPAIR_OPTIONS, options)
+    if _setsockopt(sock.fileno(), _TCP, uapi.TCP_REPAIR_OPTIONS, options, len(options)) < 0:
+        raise _failure()
