@@ -1,0 +1,31 @@
+"""Names that outlive a host: a connection's id, its epoch, the id of a batch.
+
+An id is 16 random bytes, given once, by the first host that hands the connection off; it stays with it through all
+moves. The epoch counts the attempts to hand that connection off, on whatever host. Every attempt takes a new one, and
+a host that has seen an epoch refuses it and all before it: a record can be used once.
+"""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from migrate.ici import FourTuple
+
+__all__ = ["ID_BYTES", "Connection", "new_id"]
+
+ID_BYTES = 16
+
+
+class Connection(msgspec.Struct, frozen=True, array_like=True):
+    """One connection at one point of its life: id (16 bytes), epoch (from 1), four-tuple as its owner names it."""
+
+    id: bytes
+    epoch: int
+    four_tuple: FourTuple
+
+
+def new_id() -> bytes:
+    """16 random bytes, for a connection or for a batch."""
+    return os.urandom(ID_BYTES)
