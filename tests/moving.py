@@ -1,0 +1,67 @@
+"""Moving one connection between two hosts of a test's LAN through the public API, as an orchestrator would.
+
+with Mover(net.host("a"), net.host("b"), net.vip4) as mover:
+    server = mover.move(server)         # a -> b: the socket there
+    server = mover.move(server)         # and back
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import Self
+
+import migrate
+from migrate.kernel import netns
+from migrate.steer.vip import Vip
+from tests.fix_netns import Host
+
+__all__ = ["Mover"]
+
+
+class Mover:
+    """A floating address and its connections on one of two hosts; holds and address moves are made anew each time."""
+
+    def __init__(self, here: Host, there: Host, address: str) -> None:
+        self.here, self.there = here, there
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._address = socket.inet_pton(family, address)
+        self._stack = contextlib.ExitStack()
+        self._vips = {
+            host.name: self._stack.enter_context(Vip(host.dev, namespace=host.netns)) for host in (here, there)
+        }
+        self._vips[here.name].announce(self._address)
+        self.record: migrate.Ici | None = None  # of the last move
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def move(self, sock: socket.socket) -> socket.socket:
+        """Take the connection of ``sock``, whose host has the address now, to the other host."""
+        four_tuple = _four_tuple(sock)
+        with (
+            migrate.hold([four_tuple], netns=self.here.netns) as before,
+            migrate.hold([four_tuple], netns=self.there.netns) as after,
+        ):
+            record = self.record = migrate.Ici.decode(migrate.dump(sock).encode())
+            self._vips[self.here.name].withdraw(self._address)
+            self._vips[self.there.name].announce(self._address)
+            with netns.entered(self.there.netns):
+                restored = migrate.restore(record, activate=False)
+            migrate.release(sock)
+            sock.close()
+            after.keep(packet for packets in before.take().values() for packet in packets)
+            migrate.activate(restored)
+        self.here, self.there = self.there, self.here
+        return restored
+
+
+def _four_tuple(sock: socket.socket) -> migrate.FourTuple:
+    ends = [
+        f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+        for address, port, *_ in (sock.getsockname(), sock.getpeername())
+    ]
+    return migrate.FourTuple.parse(",".join(ends))
