@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterable
 from typing import Self
 
 from migrate.errors import Error, HostError, NotFound
-from migrate.ici import FourTuple
+from migrate.fourtuple import FourTuple
 from migrate.kernel import netns as namespaces
 from migrate.kernel.diag import SockDiag
 from migrate.kernel.nflog import Listener

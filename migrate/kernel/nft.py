@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple, Self
 
 from migrate.errors import Conflict, KernelError, NotFound, UsageError
-from migrate.ici import FourTuple
+from migrate.fourtuple import FourTuple
 from migrate.kernel import nf_tables as nf
 from migrate.kernel.nflog import Listener
 from migrate.kernel.nft_table import PREFIX, PRIORITY_RAW, VERSIONS, Ip, Table, keys, load_key, only_tcp, tables

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple, Self
 
 from migrate.errors import Error, HostError, KernelError, NotFound, UsageError
-from migrate.ici import FourTuple
+from migrate.fourtuple import FourTuple
 from migrate.kernel import nf_tables as nf
 from migrate.kernel.nfnetlink import Netfilter
 

@@ -3,9 +3,10 @@
 Formats: RFC 791, RFC 8200 and RFC 9293 (section 3.1); checksums: RFC 1071. Everything in network order.
 
 How an injected segment travels: a raw socket with the header included sends it to an address of this host, so it goes
-through lo and keeps the route it left with. Hence (tried on Linux 6.18) strict rp_filter and accept_local do not
-matter, nor that its source is elsewhere; lo must be up; output and prerouting rules see it, with the injector's mark;
-a socket bound to another device with SO_BINDTODEVICE does not get it; a link-local address has no zone here.
+through lo and keeps the route that it left with. Hence (tried on Linux 6.18) neither strict rp_filter nor accept_local
+matter, nor where its source is; to sockets it came in through the device that has the address, which counts for
+SO_BINDTODEVICE; output and prerouting rules see it, with the injector's mark; while lo is down it is lost silently.
+A link-local address has no zone here, so that it cannot be reached.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 from migrate.errors import Error, HostError, from_oserror
-from migrate.ici import FourTuple
+from migrate.fourtuple import FourTuple
 
 __all__ = ["ACK", "CWR", "ECE", "FIN", "PSH", "RST", "SYN", "URG", "Injector", "Segment", "fix_checksums", "four_tuple"]
 
@@ -44,11 +45,12 @@ _AT_ONCE = 4096  # bytes summed as one number: larger ones cost more per byte
 
 _TRUSTED = 0.05  # seconds for which an address that was found to be of this host is taken to stay
 
-SIOCGIFMTU = 0x8921  # include/uapi/linux/sockios.h
+SIOCGIFFLAGS, SIOCGIFMTU, IFF_UP = 0x8913, 0x8921, 1  # include/uapi/linux/sockios.h and if.h
 NETLINK_ROUTE, NLMSG_ERROR, NLM_F_REQUEST = 0, 2, 1  # include/uapi/linux/netlink.h
 RTM_GETROUTE, RTN_LOCAL, RTA_DST, RTA_MARK = 26, 2, 1, 16  # include/uapi/linux/rtnetlink.h
 
 _NLMSG = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
+_IFFLAGS, _IFMTU = struct.Struct("=16sh22x"), struct.Struct("=16si20x")  # struct ifreq with ifr_flags, with ifr_mtu
 _RTMSG = struct.Struct("=BB5xB4x")  # of struct rtmsg: family, bits of the destination, type
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 
@@ -108,7 +110,7 @@ class Segment:
         options += bytes((NOP,)) * (-len(options) % 4)
         header = _TCP.size + len(options)
         length = header + len(self.payload)
-        if header > 60 or length + 20 > 0xFFFF:
+        if header > 60 or length > (0xFFFF - _IPV4.size if len(local) == 4 else 0xFFFF):
             raise _bad(f"{len(options)} bytes of options and {len(self.payload)} bytes of payload are too many")
         tcp = _TCP.pack(
             remote_port, local_port, self.seq, self.ack, header << 10 | self.flags, self.window, 0, self.urgent
@@ -127,15 +129,17 @@ class Segment:
 
     def split(self, size: int) -> Iterator[Segment]:
         """The same bytes in segments whose payload is at most ``size`` bytes; FIN and PSH stay with the last."""
-        last = max(0, (len(self.payload) - 1) // size)
-        for number in range(last + 1):
-            flags = self.flags if number == last else self.flags & ~(FIN | PSH)
+        for start in range(0, max(1, len(self.payload)), size):
+            urgent = self.urgent - start
+            flags = self.flags if start + size >= len(self.payload) else self.flags & ~(FIN | PSH)
+            if start:
+                flags &= ~CWR if urgent > 0 else ~(CWR | URG)
             yield replace(
                 self,
-                seq=(self.seq + number * size) % 2**32,
-                flags=flags & ~CWR if number else flags,
-                payload=self.payload[number * size : (number + 1) * size],
-                urgent=max(0, self.urgent - number * size),
+                seq=(self.seq + start) % 2**32,
+                flags=flags,
+                payload=self.payload[start : start + size],
+                urgent=max(0, urgent),
             )
 
 
@@ -218,7 +222,7 @@ class Injector:
                 if error.errno != errno.EMSGSIZE:
                     raise
                 segment = Segment.parse(packet)
-                for part in segment.split(max(1, self._mtu() - place.payload)):
+                for part in segment.split(max(1, self._loopback(SIOCGIFMTU, _IFMTU) - place.payload)):
                     self._send(place, part.build())
         except OSError as error:
             raise self._explained(error) from None
@@ -232,6 +236,8 @@ class Injector:
         now = time.monotonic()
         if now - self._found_local.get(address, -_TRUSTED) < _TRUSTED:
             return
+        if not self._loopback(SIOCGIFFLAGS, _IFFLAGS) & IFF_UP:
+            raise HostError("a segment cannot be injected while lo is down", hint="ip link set lo up")
         family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
         body = _RTMSG.pack(family, 8 * len(address), 0)
         body += _ATTRIBUTE.pack(4 + len(address), RTA_DST) + address + _ATTRIBUTE.pack(8, RTA_MARK)
@@ -244,14 +250,11 @@ class Injector:
             raise HostError(f"{shown} is no address of this host", hint="a segment can be injected once it is")
         self._found_local[address] = now
 
-    def _mtu(self) -> int:
-        answer = fcntl.ioctl(self._routes, SIOCGIFMTU, struct.pack("16si20x", b"lo", 0))
-        mtu: int = struct.unpack("16si20x", answer)[1]
-        return mtu
+    def _loopback(self, request: int, layout: struct.Struct) -> int:
+        value: int = layout.unpack(fcntl.ioctl(self._routes, request, layout.pack(b"lo", 0)))[1]
+        return value
 
     def _explained(self, error: OSError) -> Error:
-        if error.errno in (errno.ENETDOWN, errno.ENETUNREACH):
-            return HostError(f"a segment cannot be injected: {error.strerror}", hint="ip link set lo up")
         if error.errno == errno.EPERM:
             return HostError(
                 "this host's firewall drops injected segments",
