@@ -20,7 +20,7 @@ from socket import ntohs
 from typing import NamedTuple, Self
 
 from migrate.errors import Error, HostError, KernelError, from_oserror
-from migrate.ici import FourTuple
+from migrate.fourtuple import MAPPED, FourTuple
 from migrate.tcpstate import TcpState
 
 __all__ = ["Connection", "Endpoint", "Extension", "SockDiag", "find", "list_connections"]
@@ -49,7 +49,6 @@ _REPLY6 = struct.Struct("=IHH8x" + "xBBxHH16s16sIQIIIII")
 
 _BUFFER = 65536  # the kernel fills 32 KiB at most
 _ATTEMPTS = 10  # dumps until one is consistent
-_MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
 _STATES = [TcpState.CLOSED, *TcpState]  # by number; number 0 does not occur
 _EVERY_STATE = sum(1 << state for state in TcpState)
 
@@ -235,7 +234,7 @@ class SockDiag:
                         raise OSError(-code, os.strerror(-code))
                     more = False
                 else:
-                    if not ipv4 and local.startswith(_MAPPED):
+                    if not ipv4 and local.startswith(MAPPED):
                         local, remote = local[12:], remote[12:]
                     four_tuple = new(FourTuple, (local, ntohs(local_port), remote, ntohs(remote_port)))
                     found[cookie] = new(Connection, (

@@ -103,7 +103,7 @@ def _rebuilt() -> Iterator[socket.socket]:
             if error.errno in (errno.EADDRNOTAVAIL, errno.ENETUNREACH):
                 raise HostError("127.0.0.1 cannot be used: lo is down", hint="ip link set lo up") from None
             raise
-        sockopt.set_repair_options(sock, sockopt.repair_options(mss=1460, scales=(7, 7), sack=True, timestamps=True))
+        sockopt.set_repair_options(sock, sockopt.repair_options(1460, 7, 7, sack=True, timestamps=True))
         yield sock
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
-from migrate.ici import FourTuple
+from migrate.fourtuple import FourTuple
 
 __all__ = ["Steering"]
 

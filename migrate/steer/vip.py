@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Collection
 from typing import Self
 
-from migrate.ici import FourTuple
+from migrate.fourtuple import FourTuple
 from migrate.kernel import netns
 from migrate.kernel.arp import Announcer
 from migrate.kernel.link import Links

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from migrate.errors import HostError, KernelError, PrivilegeError
-from migrate.ici import FourTuple
+from migrate.fourtuple import FourTuple
 from migrate.kernel import diag, netns, tcpinfo
 from migrate.kernel.diag import Connection, Endpoint, Extension, SockDiag
 from migrate.tcpstate import TcpState
@@ -176,6 +176,8 @@ def test_it_is_the_kernel_that_filters(scene: Scene, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(SockDiag, "_ask", watched)
     listed(scene.host, local=Endpoint(V4, PORT))
     assert lengths == [1, 0]
+    listed(scene.host, remote=Endpoint(V6, PORT6))
+    assert lengths == [1, 0, 1]  # there is nothing to ask of IPv4 sockets
 
 
 def test_find(scene: Scene) -> None:

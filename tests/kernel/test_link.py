@@ -96,7 +96,7 @@ def test_a_host_route_opens_the_window(net: Lan, family: int) -> None:
 
 def test_the_routes_of_others_stay(net: Lan) -> None:
     a, b = net.host("a"), net.host("b")
-    a.run(["ip", "route", "add", f"{b.ip4}/32", "dev", a.dev])
+    a.run(["ip", "route", "add", f"{b.ip4}/32", "dev", a.dev, "scope", "global", "proto", "static"])
     with Links(a.netns) as links:
         assert not links.add_host_route(packed(b.ip4), 50)
         assert not links.remove_host_route(packed(b.ip4))
