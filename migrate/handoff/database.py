@@ -1,0 +1,97 @@
+"""An SQLite file of ours: private, versioned, quick enough for the freeze path.
+
+Write-ahead log with ``synchronous=OFF``: what has been committed is in the kernel's page cache and survives the death
+of every process. It need not survive the host, because the sockets do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from migrate.errors import HostError, from_oserror
+from migrate.handoff.ids import new_id
+
+__all__ = ["Database"]
+
+
+class Database:
+    """The file at ``path``, made 0600 if it is not there. Every sqlite3 error leaves it as HostError."""
+
+    def __init__(self, path: str | os.PathLike[str], schema: str, *, application: int, version: int) -> None:
+        """``schema`` is run in a new file; ``application`` marks the file as ours, ``version`` its schema."""
+        self.path = Path(path)
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            os.fchmod(descriptor, 0o600)
+            os.close(descriptor)  # before SQLite opens it: a later close would drop SQLite's locks
+        except OSError as error:
+            raise from_oserror(f"opening {self.path}", error, hint="is the directory there, and ours?") from None
+        with self.errors():
+            self.connection = sqlite3.connect(
+                self.path, timeout=2.0, isolation_level=None, check_same_thread=False, cached_statements=64
+            )
+        try:
+            with self.errors():
+                self.identity = self._prepare(schema, application, version)
+        except BaseException:
+            self.connection.close()
+            raise
+
+    def _prepare(self, schema: str, application: int, version: int) -> str:
+        run = self.connection.execute
+        if run("PRAGMA application_id").fetchone()[0] not in (0, application):
+            raise HostError(f"{self.path} belongs to another program", hint="name another file")
+        run("PRAGMA journal_mode=WAL")
+        run("PRAGMA synchronous=OFF")
+        run("PRAGMA secure_delete=ON")
+        run("PRAGMA temp_store=MEMORY")
+        with self.transaction():
+            found = run("PRAGMA user_version").fetchone()[0]
+            if found == 0:
+                for statement in schema.split(";"):
+                    run(statement)
+                run("CREATE TABLE identity(name TEXT NOT NULL)")
+                run("INSERT INTO identity VALUES(?)", (new_id().hex(),))
+                run(f"PRAGMA application_id={application:d}")
+                run(f"PRAGMA user_version={version:d}")
+            elif found != version:
+                raise HostError(
+                    f"{self.path} has the layout {found}, and this program knows {version}",
+                    hint="let the program that wrote it finish, or name another directory",
+                )
+            name: str = run("SELECT name FROM identity").fetchone()[0]
+        return name
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of it or nothing; other processes wait."""
+        with self.errors():
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.connection
+                self.connection.execute("COMMIT")
+            except BaseException:
+                if self.connection.in_transaction:  # a full disk may have ended it already
+                    self.connection.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turns what sqlite3 raises inside into HostError."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            hint = {
+                sqlite3.SQLITE_FULL: "make room on the disk",
+                sqlite3.SQLITE_BUSY: "another program has it locked",
+                sqlite3.SQLITE_NOTADB: "name another file",
+            }.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+            raise HostError(f"{self.path}: {error}", hint=hint) from None
+
+    def close(self) -> None:
+        """Harmless twice."""
+        self.connection.close()
