@@ -1,6 +1,6 @@
 """Channel arguments of both sides of every gRPC connection here, so that they agree.
 
-The numbers belong together: the server's ``min_recv_ping_interval_without_data_ms`` is lower than the client's
+The numbers belong together: the server's ``min_ping_interval_without_data_ms`` is lower than the client's
 ``keepalive_time_ms``, or the server closes the connection with "Too many pings"; what one side may send the other may
 receive. The names are those of include/grpc/impl/channel_arg_names.h.
 """
@@ -17,7 +17,7 @@ CHUNK_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 4 << 20
 """Largest message either side takes, bytes: a chunk, and room for the longest list of results beside it."""
 
-KEEPALIVE_SECONDS = 5.0
+KEEPALIVE_SECONDS = 5.0  # gRPC makes less than 1 s one second
 """A peer that answers no ping for this long after this much silence is gone: a cut link shows within twice that."""
 
 
@@ -27,6 +27,8 @@ def _common() -> Options:
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", int(KEEPALIVE_SECONDS * 1000)),
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_SECONDS * 1000)),
+        # Against a link that swallows everything the time-out above does nothing; it is this one that counts, 60 s else.
+        ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_SECONDS * 1000)),
         # A standing handoff stream without a message, or a channel between two moves, must notice a cut link too.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
@@ -39,7 +41,7 @@ def server_options() -> Options:
         *_common(),
         # Otherwise a second agent binds the same port, silently, and the kernel deals the calls out to both.
         ("grpc.so_reuseport", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(KEEPALIVE_SECONDS * 500)),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_SECONDS * 500)),
     ]
 
 
