@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import select
 import socket
+import subprocess
 import sys
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
@@ -17,27 +20,26 @@ from typing import Any
 
 from migrate import FourTuple, activate, dump, hold, release, restore
 from migrate.kernel import sockopt, tcpinfo
-from migrate.steer.vip import Vip
+from migrate.kernel.arp import Announcer
+from migrate.kernel.link import Links
 from tests.bench.measure import ROOT, Report, narrate, spread
 from tests.fix_netns import Host, Lan
 
 PORT = 7000
 MESSAGE = 64  # bytes
 PAUSE = 0.1  # seconds of undisturbed echo before and after every move
+GUARD = 0.01  # seconds before a move that belong to nobody
 AFTER = 0.02  # seconds after a move in which its gap may still show
 
 
 def measure(report: Report) -> None:
     moves = 4 if report.quick else 40
     narrate(f"blackout of {moves} moves")
-    lan = Lan(["client", "a", "b"])
-    try:
-        seen, windows, phases = _run(lan, moves)
-    finally:
-        lan.close()
+    found = json.loads(subprocess.check_output([sys.executable, "-m", "tests.bench.blackout", str(moves)], cwd=ROOT))
+    seen, windows, phases = found["seen"], found["windows"], found["phases"]
     away = [_longest_gap(seen["replies"], start, end + AFTER) for start, end in windows]
     # As long a look at the time before each move shows what the machine does to an echo that nobody moves.
-    usual = [_longest_gap(seen["replies"], 2 * start - end - AFTER, start) for start, end in windows]
+    usual = [_longest_gap(seen["replies"], 2 * start - end - AFTER - GUARD, start - GUARD) for start, end in windows]
     net = [1e3 * (gap - other) for gap, other in zip(away, usual, strict=True)]
     report.number("blackout of one echoing connection, median", median(net), 2.0, "ms", spread=spread(net))
     report.number("retransmissions by its peer", seen["retransmissions"], 0, "segments")
@@ -55,7 +57,8 @@ class Place:
 
     host: Host
     held: hold
-    vip: Vip
+    links: Links
+    announcer: Announcer
 
 
 class Stopwatch:
@@ -79,31 +82,47 @@ def _run(lan: Lan, moves: int) -> tuple[dict[str, Any], list[tuple[float, float]
     watch, windows = Stopwatch(), []
     # Two moves within the second for which a neighbour entry is locked would leave the client with the old address.
     lan.host("client").sysctl("net.ipv4.neigh.eth0.locktime", 0)
-    with ExitStack() as stack:
+    with ExitStack() as stack, ThreadPoolExecutor(1) as aside:
         here, there = (_place(stack, lan.host(name)) for name in "ab")
-        here.vip.announce(socket.inet_aton(lan.vip4))
+        here.links.add_address(here.host.dev, socket.inet_aton(lan.vip4))
         with here.host.entered(), socket.create_server((lan.vip4, PORT)) as listener:
-            command = [sys.executable, "-m", "tests.bench.blackout", lan.vip4]
-            client = lan.host("client").popen(command, stdout=-1, cwd=ROOT)
+            command = [sys.executable, "-m", "tests.bench.blackout", "--client", lan.vip4]
+            client = lan.host("client").popen(command, stdout=subprocess.PIPE, cwd=ROOT)
             sock = listener.accept()[0]
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _echo(sock, PAUSE)
         for _ in range(moves):
-            sock, window = _move(sock, here, there, watch)
+            name = _name(sock)
+            _echo(sock, PAUSE, aside.submit(_prepare, there, name))
+            sock, window = _move(sock, name, here, there, watch)
             windows.append(window)
+            _echo(sock, PAUSE)
+            _echo(sock, PAUSE, aside.submit(_tidy, here, name))
             here, there = there, here
-            _echo(sock, PAUSE)
-            there.held.remove([_name(sock)])
-            _echo(sock, PAUSE)
-        sock.close()
-        seen = json.load(client.stdout)
+        with sock:
+            sock.shutdown(socket.SHUT_WR)  # its last question may be unread: closing now would send a RST
+            assert client.stdout
+            seen = json.load(client.stdout)
     return seen, windows, watch.phases
 
 
 def _place(stack: ExitStack, host: Host) -> Place:
-    return Place(
-        host, stack.enter_context(hold(netns=host.netns)), stack.enter_context(Vip(host.dev, namespace=host.netns))
-    )
+    held = stack.enter_context(hold(netns=host.netns))
+    links = stack.enter_context(Links(host.netns))
+    with host.entered():
+        return Place(host, held, links, stack.enter_context(Announcer(host.dev)))
+
+
+def _prepare(place: Place, name: FourTuple) -> None:
+    """The destination holds the connection and has its address, unannounced."""
+    place.held.add([name])
+    place.links.add_address(place.host.dev, name.local)
+
+
+def _tidy(place: Place, name: FourTuple) -> None:
+    """The source's hold stood until here, so that nothing that was still under way drew a RST."""
+    place.links.remove_address(place.host.dev, name.local)
+    place.held.remove([name])
 
 
 def _name(sock: socket.socket) -> FourTuple:
@@ -112,21 +131,19 @@ def _name(sock: socket.socket) -> FourTuple:
 
 
 def _move(
-    sock: socket.socket, here: Place, there: Place, watch: Stopwatch
+    sock: socket.socket, name: FourTuple, here: Place, there: Place, watch: Stopwatch
 ) -> tuple[socket.socket, tuple[float, float]]:
-    """The order of a handoff. The source's hold stays, so that nothing that is still under way draws a RST."""
-    name = _name(sock)
-    there.held.add([name])
+    """The order of a handoff, as quick as one thread can go through it. The destination is prepared."""
     start = watch.start()
     here.held.add([name])
     watch.lap("hold")
     record = dump(sock)
     watch.lap("dump")
-    there.vip.announce(name.local)
-    watch.lap("steer")
     with there.host.entered():
         moved = restore(record, activate=False)
     watch.lap("restore")
+    there.announcer.announce(name.local)
+    watch.lap("steer")
     release(sock)
     sock.close()
     watch.lap("release")
@@ -134,18 +151,20 @@ def _move(
     there.held.keep(packet for packets in here.held.take([name]).values() for packet in packets)
     there.held.remove([name])
     end = watch.lap("activate, replay")
-    here.vip.withdraw(name.local)
     return moved, (start, end)
 
 
-def _echo(sock: socket.socket, seconds: float) -> None:
+def _echo(sock: socket.socket, seconds: float, meanwhile: Future[None] | None = None) -> None:
+    """Answer for so long, and until what is done meanwhile is done."""
     deadline = time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0:
-        if select.select([sock], [], [], left)[0]:
+    while (left := deadline - time.monotonic()) > 0 or (meanwhile and not meanwhile.done()):
+        if select.select([sock], [], [], max(left, 0.001))[0]:
             data = sock.recv(MESSAGE)
             if not data:
                 raise SystemExit("the client has gone")
             sock.sendall(data)
+    if meanwhile:
+        meanwhile.result()
 
 
 def _longest_gap(replies: Sequence[float], start: float, end: float) -> float:
@@ -154,11 +173,9 @@ def _longest_gap(replies: Sequence[float], start: float, end: float) -> float:
     return max(later - earlier for earlier, later in zip(replies[first:last], replies[first + 1 : last], strict=False))
 
 
-def main() -> None:
-    """The client: asks, waits for the answer, asks again, until the server is gone; when each answer came."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("server")
-    sock = socket.create_connection((parser.parse_args().server, PORT))
+def _ask(server: str) -> dict[str, Any]:
+    """The client: asks, waits for the answer, asks again, until the server has gone; when each answer came."""
+    sock = socket.create_connection((server, PORT))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     message, replies = bytes(MESSAGE), []
     while True:
@@ -166,8 +183,25 @@ def main() -> None:
         if not sock.recv(MESSAGE):
             break
         replies.append(time.monotonic())
-    retransmissions = tcpinfo.parse(sockopt.tcp_info(sock)).total_retrans
-    json.dump({"replies": replies, "retransmissions": retransmissions}, sys.stdout)
+    return {"replies": replies, "retransmissions": tcpinfo.parse(sockopt.tcp_info(sock)).total_retrans}
+
+
+def main() -> None:
+    """One of the two processes; before all others, as their time slices are longer than what is measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("moves", type=int, nargs="?")
+    parser.add_argument("--client", metavar="SERVER")
+    arguments = parser.parse_args()
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    if arguments.client:
+        json.dump(_ask(arguments.client), sys.stdout)
+        return
+    lan = Lan(["client", "a", "b"])
+    try:
+        seen, windows, phases = _run(lan, arguments.moves)
+    finally:
+        lan.close()
+    json.dump({"seen": seen, "windows": windows, "phases": phases}, sys.stdout)
 
 
 if __name__ == "__main__":
