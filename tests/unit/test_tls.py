@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from migrate import errors
-from migrate.agent import listen, logging, tls
+from migrate.agent import listen, tls
 from migrate.agent.auth import Role
 from migrate.agent.errors import from_rpc_error
 from migrate.agent.options import server_options
@@ -328,10 +328,8 @@ def test_one_authority_replaces_another(directory: Path, strangers: Path) -> Non
 
 
 def test_new_files_that_will_not_do_are_logged_and_the_old_stay(
-    directory: Path, capsys: pytest.CaptureFixture[str]
+    directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.configure("info")
-
     async def scenario() -> None:
         async with serving(directory) as target:
             garbled(directory / "agent.crt")
@@ -341,9 +339,9 @@ def test_new_files_that_will_not_do_are_logged_and_the_old_stay(
 
     credentials = raw(directory, "client")
     asyncio.run(scenario())
-    log = capsys.readouterr().err
-    assert log.count("new certificates are unusable, the old ones stay") == 1
-    assert "no usable PEM in agent.crt" in log
+    [record] = caplog.records
+    assert record.getMessage() == "new certificates are unusable, the old ones stay"
+    assert "no usable PEM in agent.crt" in vars(record)["fields"]["why"]
 
 
 # ---- where it listens
