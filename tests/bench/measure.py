@@ -125,8 +125,8 @@ class Contest(AbstractContextManager["Contest"]):
         self.program = Path(self._directory.name, "reference")
 
     def __enter__(self) -> Self:
-        source = Path(__file__).with_name("reference.c")
-        subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-o", self.program, source], check=True)
+        sources = [Path(__file__).with_name(name) for name in ("reference.c", "reference_scene.c")]
+        subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-o", self.program, *sources], check=True)
         return self
 
     def __exit__(
