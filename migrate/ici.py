@@ -145,10 +145,10 @@ class Ici(msgspec.Struct, omit_defaults=True, gc=False):
         """The record's bytes in pieces to be written one after the other; the queues are the record's own buffers."""
         if fault := _contradiction(self):
             raise RecordError(fault[1], offset=_HEADER.size, field=fault[0])
-        if self.sent or self.unsent or self.received:
-            parts = _with_queues(self)
+        if self.sent is self.unsent is self.received is _DEFAULT:
+            parts: list[bytes | memoryview] = [_ARRAY_OF_4 + _encode_fields(self) + _EMPTY * 3]
         else:
-            parts = [_ARRAY_OF_4 + _encode_fields(self) + _EMPTY * 3]
+            parts = _with_queues(self)
         if len(parts[0]) > MAX_FIELDS:
             raise RecordError(f"the fields are longer than {MAX_FIELDS} bytes", offset=_HEADER.size)
         length = sum(map(len, parts))
@@ -223,7 +223,7 @@ def read_records(source: BinaryIO | int) -> Iterator[Ici]:
 
     No more is allocated than has arrived. Raises RecordError with the offset in the stream, KernelError.
     """
-    file = open(source, "rb", closefd=False) if isinstance(source, int) else source  # noqa: SIM115 - not ours to close
+    file = _opened(source) if isinstance(source, int) else source
     start = 0
     while head := _read(file, _HEADER.size):
         length, crc = _announced(head, start)
@@ -257,6 +257,7 @@ _HEADER = struct.Struct(">4sBBHII")  # magic, major, minor, reserved, length of 
 _COVERED = 12  # bytes of the header that the CRC-32 covers, besides the body
 _ARRAY_OF_4 = b"\x94"
 _EMPTY = b"\xc4\0"
+_DEFAULT = b""  # CPython has one empty bytes object; any other empty queue takes the longer way
 _BIN_32 = struct.Struct(">BI")
 _QUEUES = ("sent", "unsent", "received")
 _CHUNK = 1 << 20
@@ -327,7 +328,12 @@ def _decoded(header: Buffer, body: Buffer, length: int, crc: int, start: int) ->
         ici = _decode_fields(parts.fields)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(error, at) from None
-    ici.sent, ici.unsent, ici.received = parts.sent, parts.unsent, parts.received
+    if parts.sent:
+        ici.sent = parts.sent
+    if parts.unsent:
+        ici.unsent = parts.unsent
+    if parts.received:
+        ici.received = parts.received
     if fault := _contradiction(ici):
         raise RecordError(fault[1], offset=at, field=fault[0])
     return ici
@@ -336,9 +342,9 @@ def _decoded(header: Buffer, body: Buffer, length: int, crc: int, start: int) ->
 def _malformed(error: Exception, offset: int) -> RecordError:
     """What msgspec says of a body, in the words of a RecordError; it never quotes content."""
     if isinstance(error, RecursionError):
-        return RecordError("nested too deeply", offset=offset)
+        return RecordError("invalid body: nested too deeply", offset=offset)
     if isinstance(error, UnicodeDecodeError):
-        return RecordError("a string that is not UTF-8", offset=offset)
+        return RecordError("invalid body: a string that is not UTF-8", offset=offset)
     what, _, path = str(error).partition(" - at ")  # "Expected `int` <= 65535 - at `$.local_port`"
     if found := re.search(r"required field `(\w+)`", what) or re.search(r"\$\.(\w+)", path):
         field = found[1]
@@ -346,7 +352,14 @@ def _malformed(error: Exception, offset: int) -> RecordError:
         field = _QUEUES[int(found[1]) - 1]
     else:
         field = None
-    return RecordError(what[:1].lower() + what[1:], offset=offset, field=field)
+    return RecordError(f"invalid body: {what}", offset=offset, field=field)
+
+
+def _opened(descriptor: int) -> BinaryIO:
+    try:
+        return open(descriptor, "rb", closefd=False)
+    except OSError as error:
+        raise from_oserror("reading records", error) from None
 
 
 def _read(file: BinaryIO, length: int) -> bytes | bytearray:
