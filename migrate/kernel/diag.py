@@ -286,14 +286,38 @@ def _assemble(local: Endpoint | None, remote: Endpoint | None) -> bytes:
     return program
 
 
+class _Layout(NamedTuple):
+    """Where the attributes lie in one sequence of them."""
+
+    headers: struct.Struct  # unpacks the headers and skips what they announce
+    words: tuple[int, ...]  # the headers, each as one number
+    places: dict[int, slice]  # payloads by type
+
+
+_layouts: dict[int, _Layout] = {}  # by length of the sequence: the last one seen
+
+
 def _attribute(data: bytes, wanted: int) -> bytes | None:
-    offset = 0
+    # All sockets of a dump have much the same attributes. To see that they lie as in the last sequence of this length
+    # takes one call, a third of what it takes to walk from each to the next.
+    layout = _layouts.get(len(data))
+    if layout is None or layout.headers.unpack_from(data) != layout.words:
+        layout = _layouts[len(data)] = _walk(data)
+    place = layout.places.get(wanted)
+    return None if place is None else data[place]
+
+
+def _walk(data: bytes) -> _Layout:
+    places, headers, offset = {}, "=", 0
     while offset + _ATTRIBUTE.size <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        if kind & NLA_TYPE_MASK == wanted:
-            return data[offset + _ATTRIBUTE.size : offset + length]
-        offset += max(length, _ATTRIBUTE.size) + 3 & ~3
-    return None
+        payload = slice(offset + _ATTRIBUTE.size, offset + length)
+        places[kind & NLA_TYPE_MASK] = payload
+        following = min(offset + max(length, _ATTRIBUTE.size) + 3 & ~3, len(data))
+        headers += f"I{following - payload.start}x"
+        offset = following
+    compiled = struct.Struct(headers)
+    return _Layout(compiled, compiled.unpack_from(data), places)
 
 
 def _text(raw: bytes | None) -> str:

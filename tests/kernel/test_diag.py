@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import struct
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from migrate.errors import HostError, KernelError, PrivilegeError
 from migrate.fourtuple import FourTuple
@@ -348,3 +351,23 @@ def test_it_asks_where_it_was_made(scene: Scene) -> None:
         assert len(sockets.list_connections()) == 6
     assert netns.identity() != netns.identity(scene.host.netns)
     sockets.close()
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(1, 0x3FFF), st.binary(max_size=9)), max_size=6), max_size=8))
+def test_attributes_however_they_lie(sequences: list[list[tuple[int, bytes]]]) -> None:
+    # Many sequences of the same length, laid out differently: each is read by its own layout.
+    for sequence in sequences:
+        data = b"".join(
+            struct.pack("=HH", 4 + len(value), kind | flag) + value + bytes(-len(value) % 4)
+            for (kind, value), flag in zip(sequence, itertools.cycle((0, 0x8000)))
+        )
+        for kind, value in dict(sequence).items():
+            assert diag._attribute(data, kind) == value
+        assert diag._attribute(data, 0) is None
+        if sequence and len(sequence[-1][1]) % 4:  # the last one without its padding
+            assert diag._attribute(data[: -(-len(sequence[-1][1]) % 4)], sequence[-1][0]) == sequence[-1][1]
+
+
+@pytest.mark.parametrize("data", [b"", b"\1", b"\0\0\0\0", b"\2\0\1\0\5\0\1\0A", b"\xff\xff\1\0AAAA"])
+def test_attributes_that_make_no_sense_do_no_harm(data: bytes) -> None:
+    assert diag._attribute(data, 2) is None
