@@ -24,6 +24,7 @@ import contextlib
 import itertools
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,6 +125,16 @@ class Host:
         assert match
         return match[1]
 
+    def await_neighbours(self, address: str) -> None:
+        """Wait until the host answers neighbour solicitations for an IPv6 address it was given.
+
+        The kernel joins the address's multicast group in a work item of its own (addrconf_dad_work), also without
+        duplicate address detection; who asks before that gets no answer and asks again a second later.
+        """
+        group = "ff0200000000000000000001ff" + socket.inet_pton(socket.AF_INET6, address)[-3:].hex()
+        with self.entered():
+            until(lambda: group in Path("/proc/thread-self/net/igmp6").read_text(), what=f"{address} answers")
+
     def close(self) -> None:
         """End what still runs."""
         for process in self.processes:
@@ -186,9 +197,11 @@ class Lan:
             ],
             namespace=self.bridge_netns,
         )
-        self._await_ports()
+        self._await_ready()
 
-    def _await_ports(self) -> None:
+    def _await_ready(self) -> None:
+        for host in self.hosts.values():
+            host.await_neighbours(host.ip6)
         with netns.entered(self.bridge_netns):
             show = ["bridge", "link"]
             until(lambda: subprocess.check_output(show, text=True).count("state forwarding") == len(self.hosts))
@@ -206,16 +219,19 @@ class Lan:
 
     def assign(self, host: Host | str, address: str) -> None:
         """Give an address to a host, without announcing it."""
-        self._address("add", host, address)
+        host = self._address("add", host, address)
+        if ":" in address:
+            host.await_neighbours(address)
 
     def withdraw(self, host: Host | str, address: str) -> None:
         """Take an address from a host."""
         self._address("del", host, address)
 
-    def _address(self, verb: str, host: Host | str, address: str) -> None:
+    def _address(self, verb: str, host: Host | str, address: str) -> Host:
         host = self.host(host) if isinstance(host, str) else host
         prefix, nodad = (64, "nodad") if ":" in address else (24, "")
         ip([f"address {verb} {address}/{prefix} dev {host.dev} {nodad if verb == 'add' else ''}"], namespace=host.netns)
+        return host
 
     def capture(self, host: Host | str) -> Capture:
         """Context manager that captures the TCP segments on a host's wire: ``.segments .rsts .retransmissions``."""
