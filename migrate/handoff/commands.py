@@ -14,6 +14,7 @@ from migrate.handoff.ids import Connection
 from migrate.handoff.messages import Message
 
 __all__ = [
+    "FALLIBLE",
     "Activate",
     "Adopt",
     "Ask",
@@ -200,3 +201,7 @@ class Adopt(OnConnections, frozen=True):
 
 class Activate(OnConnections, frozen=True):
     """Let each speak, and open its gate."""
+
+
+FALLIBLE = (WriteJournal, Hold, Carry, Freeze, RestoreSilent)
+"""Those that may fail as a whole, where the step allows it. The others are tried again, or logged and passed over."""

@@ -65,7 +65,8 @@ _E = DestinationEvent
 _REFUSE = (_D.DISCARDED, (do.Discard, do.Forget, say.Prepared))
 _DROP = (_D.DISCARDED, (do.Discard, do.Forget))
 _DISCARD = (_D.DISCARDED, (do.Discard, do.Forget, say.Discarded))
-_GO = (do.Replay, do.Adopt, do.Activate, do.WriteJournal, do.LiftHold)
+_GO = (do.Replay, do.Activate, do.WriteJournal, do.LiftHold)
+_REBUILD = (do.Discard, do.Rebuild, do.Adopt, do.StartTimer)
 
 TRANSITIONS: Table = {
     _D.ABSENT: {
@@ -99,7 +100,7 @@ TRANSITIONS: Table = {
         _E.RESTARTED: _DROP,
     },
     _D.COMMITTING: {
-        _E.WON: (_D.COMMITTED, (say.Committed, do.WriteJournal, do.Steer, do.Discard, do.Rebuild, do.StartTimer)),
+        _E.WON: (_D.COMMITTED, (say.Committed, do.WriteJournal, do.Steer, *_REBUILD)),
         _E.LOST: _DISCARD,
         _E.REGISTRY_FAILED: (_D.COMMITTING, (do.StartTimer,)),
         _E.TIMEOUT: (_D.COMMITTING, (do.Claim,)),
@@ -114,7 +115,7 @@ TRANSITIONS: Table = {
         _E.QUERY: (_D.COMMITTED, (say.Committed,)),
         _E.TIMEOUT: (_D.ACTIVE, _GO),
         _E.LINK_LOST: (_D.ACTIVE, _GO),
-        _E.RESTARTED: (_D.COMMITTED, (do.Rehold, do.Discard, do.Rebuild, do.Steer, do.StartTimer)),
+        _E.RESTARTED: (_D.COMMITTED, (do.Rehold, do.Steer, *_REBUILD)),
     },
     _D.ACTIVE: {
         _E.RELEASED: (_D.SERVING, (do.Replay, do.Unclaim, do.Forget, say.Activated, do.StartTimer)),

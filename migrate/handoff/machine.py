@@ -42,10 +42,20 @@ DEFAULT_TIMES = Times()
 
 
 class Step(NamedTuple):
-    """One transition: ``point`` names it ("source:OFFERED:COMMITTED"; "" for an event that was ignored)."""
+    """One transition: ``point`` names it ("source:OFFERED:COMMITTED"; "" for an event that was ignored).
+
+    ``fallible``: if one of the FALLIBLE commands fails, the rest of the step must not be carried out.
+    """
 
     point: str
     commands: tuple[do.Command, ...]
+    fallible: bool = False
+
+    def points(self) -> Iterator[tuple[str, do.Command]]:
+        """Each command with the crash point that lies before it. After the last lies ``point``."""
+        for command in self.commands:
+            kind = type(command.message if isinstance(command, do.Send) else command)
+            yield f"{self.point}:{kind.__name__}", command
 
 
 class Machine:
@@ -88,7 +98,7 @@ class Machine:
 
     @property
     def may_fail(self) -> bool:
-        """Whether Failed is expected here. Where it is not, a failed command is logged, and the next one follows."""
+        """Whether Failed is expected here."""
         return any(on.name == "FAILED" for on in self.TRANSITIONS[self.state])
 
     @property
@@ -133,7 +143,7 @@ class Machine:
             self.serial += 1
             self.state = state
             self._entered(event)
-        return Step(point, tuple(self._commands(kinds, event)))
+        return Step(point, tuple(self._commands(kinds, event)), self.may_fail)
 
     def _check(self, message: Message) -> None:
         # Raises RemoteError for a message that contradicts itself or the batch.

@@ -75,13 +75,13 @@ TRANSITIONS: Table = {
         _E.START: (_S.PREPARING, (do.WriteJournal, say.Prepare, do.StartTimer)),
     },
     _S.PREPARING: {
-        _E.PREPARED: (_S.FREEZING, (do.Hold, do.Freeze)),
+        _E.PREPARED: (_S.FREEZING, (do.WriteJournal, do.Hold, do.Freeze)),
         _E.PREPARED_NONE: (_S.STAYED, (do.Forget, do.Report)),
         _E.TIMEOUT: _GIVE_UP,
         _E.LINK_LOST: _GIVE_UP,
         _E.CANCEL: _GIVE_UP,
         _E.FAILED: _GIVE_UP,
-        _E.RESTARTED: _GIVE_UP,  # the row of FREEZING is this one
+        _E.RESTARTED: _GIVE_UP,
     },
     _S.FREEZING: {
         _E.FROZEN: (_S.OFFERED, (do.WriteJournal, say.Offer, do.Thaw, do.StartTimer)),
@@ -89,6 +89,8 @@ TRANSITIONS: Table = {
         _E.LINK_LOST: _GIVE_UP,
         _E.CANCEL: _GIVE_UP,
         _E.FAILED: _GIVE_UP,
+        # Not offered: or the row would say so. It may have been claimed by one that could not write it.
+        _E.RESTARTED: _STAY,
     },
     _S.OFFERED: {
         _E.COMMITTED: _RELEASE,
