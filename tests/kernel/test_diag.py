@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from migrate.errors import HostError, KernelError, PrivilegeError
@@ -353,6 +353,7 @@ def test_it_asks_where_it_was_made(scene: Scene) -> None:
     sockets.close()
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.lists(st.tuples(st.integers(1, 0x3FFF), st.binary(max_size=9)), max_size=6), max_size=8))
 def test_attributes_however_they_lie(sequences: list[list[tuple[int, bytes]]]) -> None:
     # Many sequences of the same length, laid out differently: each is read by its own layout.
