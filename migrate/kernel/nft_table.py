@@ -118,7 +118,9 @@ class Table:
         self._netfilter.close()
 
     def delete(self) -> None:
-        """Remove the table, if it is still there, and close."""
+        """Remove the table, if it is still there, and close; once closed it does nothing."""
+        if self._netfilter.fileno() < 0:
+            return
         try:
             self._netfilter.commit(f"removing table {self.name}", [nf.del_table(self.family, self.name)])
         except KernelError as error:
