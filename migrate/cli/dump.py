@@ -16,10 +16,12 @@ from migrate.cli.guard import Guard, linger
 from migrate.cli.main import PARTIAL
 from migrate.cli.output import Output
 from migrate.cli.recordfile import RecordFile
+from migrate.cli.steering import vip
 from migrate.errors import Error, NotFound, Refused, UsageError
 from migrate.hold import Hold
 from migrate.ici import FourTuple, Ici
 from migrate.kernel import pidfd, sockopt
+from migrate.kernel.priority import undisturbed
 
 __all__ = ["add_arguments", "run"]
 
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Selectors, where to, and how."""
     selector.add_arguments(parser)
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="file to make (0600), or - for stdout")
+    parser.add_argument("--steer", metavar="vip:DEV", help="then take the connections' addresses from that device")
     parser.add_argument("--leave-running", action="store_true", help="copy the connection and let it run on")
     parser.add_argument(
         "--hold",
@@ -58,6 +61,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     chosen = selector.from_arguments(arguments)
     if chosen.empty:
         raise UsageError("which connections?", hint="give CONN or one of --local, --remote, --state, --pid")
+    steering = None if arguments.steer is None else vip(arguments.steer)
+    if steering is not None and arguments.leave_running:
+        raise UsageError("--steer takes the address away: --leave-running would cut the connection off")
     found = selector.find(chosen)
     if not found:
         raise NotFound("no connection here matches", hint="tcpmig list shows them")
@@ -66,12 +72,14 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         sockets = _take(found, opened, failures, output)
         if not sockets and len(failures) == 1:
             raise failures[0][1]
-        records = _save(sockets, arguments, output, failures) if sockets else 0
+        saved = _save(sockets, arguments, output, failures) if sockets else []
+    if saved and steering is not None:
+        steering.give(saved, b"")
     for name, error in failures:
         output.data(f"{name}: {error}", {"connection": name, "ok": False, "reason": str(error)})
     if not failures:
         return 0
-    return PARTIAL if records else 1
+    return PARTIAL if saved else 1
 
 
 def _take(
@@ -106,8 +114,8 @@ def _save(
     arguments: argparse.Namespace,
     output: Output,
     failures: list[tuple[str, Error]],
-) -> int:
-    """Freeze and write; the number of connections saved."""
+) -> list[FourTuple]:
+    """Freeze and write; the connections saved."""
     with RecordFile(arguments.output) as file:
         hold = Hold(timeout=arguments.hold + _MARGIN)
         try:
@@ -121,8 +129,7 @@ def _save(
                 file.write(records)
                 file.commit()
                 guard.commit()
-                for record in records:
-                    release(sockets[record.four_tuple])
+                _release([sockets[record.four_tuple] for record in records])
         finally:
             # The guard finishes: with a commit it keeps the hold, without it thaws, replays what arrived, and ends.
             hold.disown()
@@ -138,25 +145,40 @@ def _save(
                 f"{record.four_tuple}: saved to {arguments.output}",
                 {"connection": str(record.four_tuple), "ok": True, "file": arguments.output},
             )
-    return len(records)
+    return [record.four_tuple for record in records]
 
 
 def _finish(
     committed: bool, sockets: dict[FourTuple, socket.socket], hold: Hold, file: RecordFile, seconds: float
 ) -> None:
     """In the guard, once the dump is over or dead: with complete records in their place release, without them thaw."""
-    for sock in sockets.values():
-        # One connection's failure must not keep the others from being finished; what is not frozen needs nothing.
-        with contextlib.suppress(Error, OSError):
-            if sockopt.in_repair(sock):
-                (release if committed else thaw)(sock)
-        sock.close()
+    frozen = [sock for sock in sockets.values() if _frozen(sock)]
     if committed:
+        _release(frozen)
+        for sock in sockets.values():
+            sock.close()
         file.close()
         linger(hold, seconds)
     else:
+        for sock in frozen:
+            with contextlib.suppress(Error):  # one connection's failure must not keep the others frozen
+                thaw(sock)
         hold.lift()
         file.remove()
+
+
+def _frozen(sock: socket.socket) -> bool:
+    with contextlib.suppress(OSError):
+        return sockopt.in_repair(sock)
+    return False
+
+
+def _release(sockets: Sequence[socket.socket]) -> None:
+    # The owner wakes up at once. If it ran before repair mode is left, it would see EPERM instead of ECONNABORTED.
+    with undisturbed():
+        for sock in sockets:
+            with contextlib.suppress(Error):
+                release(sock)
 
 
 def _freeze(

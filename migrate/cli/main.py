@@ -60,8 +60,15 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None, *, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
     """Run one command line; the exit code."""
     words = sys.argv[1:] if words is None else list(words)
-    verb = next((word for word in words if word in VERBS), "")
-    arguments = build_parser(verb).parse_args(words)
+    # What follows "--" is a command for somebody else; argparse would lose it behind an option.
+    words, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    verb = next((word for word in words if not word.startswith("-")), "")
+    parser = build_parser(verb)
+    arguments = parser.parse_args(words)
+    if command and not hasattr(arguments, "command"):
+        parser.error(f"{arguments.verb} takes no command after --")
+    if command:
+        arguments.command = command
     output = Output(as_json=arguments.json, stdout=stdout, stderr=stderr)
     try:
         if arguments.netns:

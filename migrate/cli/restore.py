@@ -17,6 +17,7 @@ from migrate.cli.guard import Guard, linger
 from migrate.cli.main import PARTIAL
 from migrate.cli.output import Output
 from migrate.cli.show import opened
+from migrate.cli.steering import vip
 from migrate.errors import Error, UsageError
 from migrate.hold import Hold
 from migrate.ici import Ici, read_records
@@ -35,11 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--systemd", action="store_true", help="hand all connections to one CMD, from descriptor 3 on (LISTEN_FDS)"
     )
     parser.add_argument("--relay", metavar="HOST:PORT", help="carry every connection's bytes to and from that server")
+    parser.add_argument("--steer", metavar="vip:DEV", help="first let the connections' addresses come to that device")
     parser.add_argument("--hold-open", action="store_true", help="own the connections, doing nothing, until they end")
     parser.add_argument("--detach", action="store_true", help="do not wait for the commands to end")
-    parser.add_argument(
-        "command", metavar="-- CMD", nargs="*", help="one CMD a connection, its standard input and output (inetd)"
-    )
+    parser.set_defaults(command=[])
+    parser.usage = "%(prog)s [-h] [OPTION ...] FILE [-- CMD ...]"
+    parser.epilog = "-- CMD ... is run once a connection, with the socket as its standard input and output (inetd)."
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
@@ -51,6 +53,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         records = list(read_records(file))
     if not records:
         raise UsageError(f"{arguments.file!r} holds no record")
+    steering = None if arguments.steer is None else vip(arguments.steer)
     hold = Hold((record.four_tuple for record in records), timeout=_HOLD + _MARGIN)
     try:
         # If this process is killed half-way, the peers are kept waiting so that the file can be restored again.
@@ -62,6 +65,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     failures: list[tuple[Ici, Error]] = []
     with ExitStack() as opened_sockets:
         try:
+            if steering is not None:
+                steering.take({record.four_tuple for record in records})
             for record in records:
                 try:
                     sock = restore(record, activate=False)
