@@ -35,13 +35,17 @@ LAYERS = (
     "cli",
 )
 # Of kernel/ each module is one interface and knows no other, but for what they all stand on and what is named here:
-# netfilter's transport and the messages it carries, and the probe, which tries them all.
+# netfilter's transport and the messages it carries, the table of socket options and what reads them, and the probe,
+# which tries them all.
 KERNEL_BASE = {"uapi", "netns", "tcpinfo"}
 KERNEL_NEIGHBOURS = {
+    "fingerprint": {"bpf", "btf", "option_table"},
     "nf_tables": {"nfnetlink"},
     "nflog": {"nfnetlink"},
     "nft_table": {"nf_tables", "nfnetlink"},
     "nft": {"nf_tables", "nft_table", "nflog"},
+    "option_values": {"option_table"},
+    "options": {"fingerprint", "option_table", "option_values"},
 }
 PROBE = "probe"
 HEAVY = {"argparse", "asyncio", "grpc", "prometheus_client", "pyroute2", "rich", "sqlite3"}
