@@ -1,0 +1,168 @@
+"""bpf(2), as far as a program needs it that looks and reports: one program, and memory that it shares with us.
+
+The program is of type BPF_PROG_TYPE_SYSCALL (Linux 5.14): attached to nothing, it runs when it is asked to, in the
+thread that asks. Loading it needs CAP_BPF and CAP_PERFMON in the initial user namespace, so not in `unshare -Ur`.
+Numbers: include/uapi/linux/bpf.h; instructions: Documentation/bpf/standardization/instruction-set.rst.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import struct
+import sys
+
+__all__ = [
+    "FRAME",
+    "INSTRUCTION",
+    "SHARED",
+    "Program",
+    "add",
+    "add_register",
+    "call",
+    "jump_if_less",
+    "jump_unless_less",
+    "leave",
+    "load",
+    "mask",
+    "move",
+    "multiply",
+    "put",
+    "store",
+]
+
+_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}  # bpf(2) in asm/unistd.h
+
+_MAP_CREATE, _PROG_LOAD, _PROG_TEST_RUN = 0, 5, 10
+_MAP_TYPE_ARRAY, _F_MMAPABLE = 2, 1 << 10
+_PROG_TYPE_SYSCALL, _F_SLEEPABLE = 31, 1 << 4
+_PSEUDO_MAP_VALUE = 2
+_NAME = b"tcpmig"  # as `bpftool prog` shows it
+
+# union bpf_attr, each command's part as far as it is used
+_CREATE = struct.Struct("=5I")  # type, size of key and value, entries, flags
+_LOAD = struct.Struct("=IIQQ20xI16s")  # type, count, instructions, licence, log left out, flags, name
+_RUN = struct.Struct("=II")  # program, what it returns
+
+# The interpreter's lock is kept: a run takes a microsecond, giving the lock away and back costs as much. Declaring the
+# arguments would cost another: integers go as int, buffers as their address.
+_syscall = ctypes.PyDLL(None, use_errno=True).syscall
+
+INSTRUCTION = 8  # bytes
+SHARED = 6  # the register that holds the address of the shared memory when a program starts
+FRAME = 10  # the register that points behind the program's stack
+
+
+def _instruction(opcode: int, to: int = 0, source: int = 0, offset: int = 0, value: int = 0) -> bytes:
+    registers = source << 4 | to if sys.byteorder == "little" else to << 4 | source
+    return struct.pack("=BBhi", opcode, registers, offset, value)
+
+
+def put(to: int, value: int) -> bytes:
+    """A number of 32 bits into a register."""
+    return _instruction(0xB7, to, value=value)
+
+
+def move(to: int, source: int) -> bytes:
+    """One register into another."""
+    return _instruction(0xBF, to, source)
+
+
+def add(to: int, value: int) -> bytes:
+    """Add a number to a register."""
+    return _instruction(0x07, to, value=value)
+
+
+def add_register(to: int, source: int) -> bytes:
+    """Add one register to another."""
+    return _instruction(0x0F, to, source)
+
+
+def multiply(to: int, value: int) -> bytes:
+    """Multiply a register by a number."""
+    return _instruction(0x27, to, value=value)
+
+
+def mask(to: int, value: int) -> bytes:
+    """Keep of a register only the bits of ``value``."""
+    return _instruction(0x57, to, value=value)
+
+
+def load(to: int, source: int, offset: int, *, width: int = 8) -> bytes:
+    """``width`` bytes at ``offset`` from where a register points."""
+    return _instruction({1: 0x71, 4: 0x61, 8: 0x79}[width], to, source, offset)
+
+
+def store(to: int, source: int, offset: int, *, width: int = 8) -> bytes:
+    """``width`` bytes of register ``source`` to ``offset`` from where register ``to`` points."""
+    return _instruction({1: 0x73, 8: 0x7B}[width], to, source, offset)
+
+
+def jump_if_less(register: int, value: int, distance: int) -> bytes:
+    """Over ``distance`` instructions if a register is below a number, unsigned."""
+    return _instruction(0xA5, register, offset=distance, value=value)
+
+
+def jump_unless_less(register: int, other: int, distance: int) -> bytes:
+    """Over ``distance`` instructions if a register is not below another, unsigned."""
+    return _instruction(0x3D, register, other, distance)
+
+
+def call(helper: int) -> bytes:
+    """Call a helper (enum bpf_func_id): arguments in registers 1 to 5, the result in 0."""
+    return _instruction(0x85, value=helper)
+
+
+def leave() -> bytes:
+    """The end."""
+    return _instruction(0x95)
+
+
+class Program:
+    """A loaded program; ``memory`` is its memory and ours. Raises OSError where the kernel refuses."""
+
+    def __init__(self, size: int, code: bytes) -> None:
+        descriptor = _bpf(_MAP_CREATE, _CREATE.pack(_MAP_TYPE_ARRAY, 4, size, 1, _F_MMAPABLE))
+        try:
+            code = _instruction(0x18, SHARED, _PSEUDO_MAP_VALUE, value=descriptor) + _instruction(0) + code
+            source, licence = (ctypes.create_string_buffer(text) for text in (code, b"GPL"))
+            where = ctypes.addressof(source), ctypes.addressof(licence)
+            attributes = _LOAD.pack(_PROG_TYPE_SYSCALL, len(code) // 8, *where, _F_SLEEPABLE, _NAME)
+            self.memory = mmap.mmap(descriptor, size)
+            self._descriptor = _bpf(_PROG_LOAD, attributes)
+        finally:
+            os.close(descriptor)  # program and mapping keep the memory
+        self._run = _number(), _PROG_TEST_RUN, ctypes.create_string_buffer(_RUN.pack(self._descriptor, 0)), _RUN.size
+
+    def run(self) -> None:
+        """Run it once, in this thread. Raises OSError."""
+        if _syscall(*self._run) < 0:
+            raise _failure()
+
+    def close(self) -> None:
+        """Give program and memory back. In a forked child, too: both belong to the parent as well."""
+        self.memory.close()
+        os.close(self._descriptor)
+
+
+def _bpf(command: int, attributes: bytes) -> int:
+    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+    result = int(_syscall(_number(), command, buffer, len(attributes)))
+    if result < 0:
+        raise _failure()
+    return result
+
+
+def _number() -> int:
+    try:
+        return _NUMBERS[platform.machine()]
+    except KeyError:
+        raise OSError(errno.ENOSYS, f"no number of bpf(2) on {platform.machine()}") from None
+
+
+def _failure() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"bpf: {os.strerror(number)}")

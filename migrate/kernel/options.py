@@ -1,0 +1,288 @@
+"""The socket options of a connection: read what is not as in a fresh socket, and set it on another one.
+
+    found = options.read(sock)                     before repair mode, which changes SO_REUSEADDR
+    left = options.apply(new, found, Phase.IN_REPAIR)      at each moment of a restore: the names that could not be set
+
+`kernel.option_table` says what there is. Fresh is a socket just made in the same network namespace: what comes from
+the host's settings stays the host's. An option that a kernel lacks is no failure, neither here nor there.
+
+A connection has a hundred options and each getsockopt costs 0.3 to 0.5 µs: all of them would cost more than the rest
+of a move, even in C. Therefore a socket is asked for all of them only if none like it was seen within a second:
+`kernel.fingerprint` tells, for 1 µs, that all bytes which hold options are as in one already asked. To get that ready
+takes some 40 ms, and privileges that an ordinary user lacks; it happens once it has paid off, or by `prepare`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from migrate.errors import from_oserror
+from migrate.kernel import netns, option_values
+from migrate.kernel.fingerprint import Fingerprint
+from migrate.kernel.option_table import BY_NAME, OPTIONS, Kind, Option, Phase, Value
+
+__all__ = ["Kind", "Phase", "Value", "apply", "flowinfo", "prepare", "read", "read_many"]
+
+PAYS_OFF = 1000  # sockets asked the long way cost as much as getting fingerprints ready
+MEMORY = 1.0  # seconds: as long a host's changed settings may go unnoticed
+
+_SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h
+_SIOCGSKNS = 0x894C  # include/uapi/linux/sockios.h
+_COOKIE_BYTES = 8
+
+# One getsockopt that takes and gives an int, and nothing to add.
+_PLAIN = frozenset({Kind.INT, Kind.HOPS, Kind.SIZE, Kind.CLAMP})
+# Part of the value lies outside of the socket: equal fingerprints tell that there is one, not that it is the same.
+_ELSEWHERE = frozenset({Kind.HOPS, Kind.DEVICE, Kind.BYTES, Kind.STICKY, Kind.FILTER})
+_CHARGED = frozenset({Kind.STICKY, Kind.FILTER})
+_SIZES = ("SO_SNDBUF", "SO_RCVBUF", "TCP_WINDOW_CLAMP")
+_ORDER = {option.name: place for place, option in enumerate(OPTIONS)}
+
+
+class _Fresh(NamedTuple):
+    """What a fresh socket of one namespace and family answers: the options that this kernel has, and their defaults."""
+
+    plain: list[tuple[str, int, int, Value]]  # name, level, number, default
+    others: list[tuple[Option, Value]]
+    charged: list[tuple[Option, Value]]  # there only if the socket is charged for option memory
+    defaults: dict[str, Value]
+
+
+class _Known(NamedTuple):
+    """What a fingerprint stands for."""
+
+    options: dict[str, Value]
+    send: Value
+    receive: Value
+    ask: list[tuple[Option, Value]]  # to be asked of each socket that has it, with the default
+
+
+class _Memory:
+    """What was learnt lately. It is thrown away as a whole, so that no change of the host's settings lasts."""
+
+    def __init__(self) -> None:
+        self.until = time.monotonic() + MEMORY
+        self.fresh: dict[tuple[bytes, int, bool], _Fresh] = {}
+        self.known: dict[bytes, _Known] = {}
+
+
+class _Reader:
+    """Asks sockets, the long way or by their fingerprints."""
+
+    def __init__(self) -> None:
+        self.memory = _Memory()
+        self.fingerprint: Fingerprint | None = None
+        self.able = True  # to get fingerprints ready, as far as is known
+        self.asked = 0  # sockets asked the long way
+
+    def prepare(self) -> bool:
+        if self.fingerprint is None and self.able:
+            try:
+                self.fingerprint = Fingerprint(_settle)
+            except (OSError, LookupError, ValueError, struct.error):
+                self.able = False
+        return self.fingerprint is not None
+
+    def read(self, socks: Sequence[socket.socket], connected: bool) -> list[dict[str, Value]]:
+        if self.asked + len(socks) > PAYS_OFF:
+            self.prepare()
+        if time.monotonic() > self.memory.until:
+            self.memory = _Memory()
+        if self.fingerprint and connected:
+            return self.recognise(self.fingerprint, socks)
+        return [self.ask(sock, connected) for sock in socks]
+
+    def recognise(self, fingerprint: Fingerprint, socks: Sequence[socket.socket]) -> list[dict[str, Value]]:
+        known, found = self.memory.known, []
+        prints = fingerprint.take([sock.fileno() for sock in socks])
+        for sock, (key, send, receive, clamp) in zip(socks, prints, strict=True):
+            like = known.get(key)
+            if like is None:
+                like = self.learn(fingerprint, sock)
+                if fingerprint.take([sock.fileno()])[0][0] == key:  # else somebody is just changing it
+                    known[key] = like
+            options = like.options.copy()
+            if send != like.send:
+                options["SO_SNDBUF"] = send
+            if receive != like.receive:
+                options["SO_RCVBUF"] = receive
+            if clamp != receive // 2:
+                options["TCP_WINDOW_CLAMP"] = clamp
+            for option, default in like.ask:
+                if (value := option_values.get(sock, option)) != default:
+                    options[option.name] = value
+            found.append(options)
+        return found
+
+    def learn(self, fingerprint: Fingerprint, sock: socket.socket) -> _Known:
+        """Ask one socket for what its fingerprint says, and find what is to be asked of each that looks like it."""
+        options, defaults = self.ask(sock, True), self.fresh(sock, True).defaults
+        ask = [
+            (BY_NAME[name], default)
+            for name, default in defaults.items()
+            if name in fingerprint.unproven or (name in options and BY_NAME[name].kind in _ELSEWHERE)
+        ]
+        for name in (*_SIZES, *(option.name for option, _default in ask)):
+            options.pop(name, None)
+        return _Known(options, defaults["SO_SNDBUF"], defaults["SO_RCVBUF"], ask)
+
+    def ask(self, sock: socket.socket, connected: bool) -> dict[str, Value]:
+        """The long way: one call an option."""
+        self.asked += 1
+        fresh, get = self.fresh(sock, connected), sock.getsockopt
+        found: dict[str, Value] = {}
+        for name, level, number, default in fresh.plain:
+            if (value := get(level, number)) != default:
+                found[name] = value
+        for option, default in fresh.others:
+            if option.kind is Kind.LABEL and "IPV6_FLOWINFO_SEND" not in found:
+                continue  # the kernel does not tell
+            if (other := option_values.get(sock, option)) != default:
+                found[option.name] = other
+        if connected and found.get("TCP_WINDOW_CLAMP") == sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2:
+            del found["TCP_WINDOW_CLAMP"]
+        if option_values.option_memory(sock):
+            for option, default in fresh.charged:
+                try:
+                    if (other := option_values.get(sock, option)) != default:
+                        found[option.name] = other
+                except PermissionError:  # an eBPF filter
+                    found["SO_ATTACH_BPF"] = 1
+        return found
+
+    def fresh(self, sock: socket.socket, connected: bool) -> _Fresh:
+        """The defaults for a socket like this one."""
+        namespace = _namespace(sock)
+        place = namespace, sock.family, connected
+        if place not in self.memory.fresh:
+            with _made_beside(sock, namespace) as fresh:
+                self.memory.fresh[place] = _defaults(fresh, connected)
+        return self.memory.fresh[place]
+
+    def forget(self) -> None:
+        """In a forked child: the memory that the fingerprints are in is the parent's, too."""
+        if self.fingerprint:
+            self.fingerprint.close()
+            self.fingerprint = None
+
+
+_reader = _Reader()
+os.register_at_fork(after_in_child=_reader.forget)
+
+
+def prepare() -> bool:
+    """Get fingerprints ready now, some 40 ms, rather than amidst a move. False where this process may not."""
+    return _reader.prepare()
+
+
+def read(sock: socket.socket, *, connected: bool = True) -> dict[str, Value]:
+    """The options that are not as in a fresh socket, by name, in the form that `Kind` describes.
+
+    ``connected`` is False for a socket in CLOSE or LISTEN, which has a few more. Buffer sizes stand there as soon as
+    autotuning moved them, with or without SO_BUF_LOCK. An eBPF filter is reported as SO_ATTACH_BPF: there is one, and
+    it cannot be carried. Raises KernelError.
+    """
+    return read_many((sock,), connected=connected)[0]
+
+
+def read_many(socks: Sequence[socket.socket], *, connected: bool = True) -> list[dict[str, Value]]:
+    """`read` for each of many sockets, which share what is common to them."""
+    try:
+        return _reader.read(socks, connected)
+    except OSError as error:
+        raise from_oserror("reading socket options", error) from None
+
+
+def apply(sock: socket.socket, options: Mapping[str, Value], phase: Phase) -> list[str]:
+    """Set those of ``options`` whose moment is ``phase``; the names of those that could not be set.
+
+    `Phase.UNCONNECTED` sets all at once. Names that this version does not know count as such before bind, and so do
+    those that a connection has no use for. Raises KernelError if the socket is closed.
+    """
+    if not options:
+        return []
+    chosen, left = [], []
+    for name in options:
+        option = BY_NAME.get(name)
+        if option and phase in (option.phase, Phase.UNCONNECTED):
+            chosen.append(option)
+        elif phase in (Phase.BEFORE_BIND, Phase.UNCONNECTED) and (not option or option.phase is Phase.UNCONNECTED):
+            left.append(name)
+    values = dict(options)
+    if any(option.kind is Kind.SIZE for option in chosen) and "SO_BUF_LOCK" not in values:
+        values["SO_BUF_LOCK"] = 0  # setting a size locks it
+        chosen.append(BY_NAME["SO_BUF_LOCK"])
+    for option in sorted(chosen, key=_place):
+        try:
+            option_values.put(sock, option, values[option.name])
+        except OSError as error:
+            if sock.fileno() < 0:
+                raise from_oserror(f"setting {option.name}", error) from None
+            left.append(option.name)
+        except (TypeError, ValueError, OverflowError, struct.error):  # a value of another form than this option's
+            left.append(option.name)
+    return left
+
+
+def flowinfo(options: Mapping[str, Value]) -> int:
+    """The sin6_flowinfo with which an AF_INET6 socket has to connect to use the flow label that it had."""
+    label = options.get("IPV6_FLOWLABEL_MGR", 0)
+    return label if isinstance(label, int) else 0
+
+
+def _place(option: Option) -> int:
+    return _ORDER[option.name]
+
+
+def _settle(sock: socket.socket, option: Option) -> None:
+    option_values.put(sock, option, option.sample)
+
+
+def _namespace(sock: socket.socket) -> bytes:
+    """What tells its network namespace from all others, SO_NETNS_COOKIE (Linux 5.14)."""
+    return sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, _COOKIE_BYTES)
+
+
+@contextlib.contextmanager
+def _made_beside(sock: socket.socket, namespace: bytes) -> Iterator[socket.socket]:
+    """A fresh socket of the same family and network namespace, which need not be this thread's."""
+    with socket.socket(sock.family) as fresh:
+        if _namespace(fresh) == namespace:
+            yield fresh
+            return
+    descriptor = fcntl.ioctl(sock, _SIOCGSKNS)
+    try:
+        with netns.entered(f"/proc/self/fd/{descriptor}"):
+            fresh = socket.socket(sock.family)
+    finally:
+        os.close(descriptor)
+    with fresh:
+        yield fresh
+
+
+def _defaults(fresh: socket.socket, connected: bool) -> _Fresh:
+    version = 6 if fresh.family == socket.AF_INET6 else 4
+    asked = _Fresh([], [], [], {})
+    for option in OPTIONS:
+        if not option.readable or option.family not in (0, version):
+            continue
+        if connected and option.phase is Phase.UNCONNECTED:
+            continue
+        try:
+            default = asked.defaults[option.name] = option_values.get(fresh, option)
+        except OSError:  # this kernel has no such option
+            continue
+        if option.kind in _PLAIN:
+            asked.plain.append((option.name, option.level, option.number, default))
+        elif option.kind in _CHARGED:
+            asked.charged.append((option, default))
+        else:
+            asked.others.append((option, default))
+    return asked
