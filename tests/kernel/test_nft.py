@@ -10,8 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -329,20 +328,21 @@ def test_privilege_is_asked_for() -> None:
 
 
 def test_one_change_is_quick(host: Host) -> None:
-    """Bounds an order of magnitude above what it takes on an idle machine, below what other ways would take."""
+    """In time on a processor, which the machine's load does not change, and with room above what is usual."""
 
-    def milliseconds(*steps: Any) -> list[float]:
+    def milliseconds(*steps: Callable[[], object]) -> list[float]:
         times = []
         for step in steps:
-            started = time.perf_counter()
+            started = time.thread_time()
             step()
-            times.append((time.perf_counter() - started) * 1000)
+            times.append((time.thread_time() - started) * 1000)
         return times
 
     with holding(host) as (table, _):
-        one = [milliseconds(lambda: table.add([V4], 60), lambda: table.remove([V4])) for _ in range(50)]
-        lot = [milliseconds(lambda: table.add(many(10_000), 60), lambda: table.remove(many(10_000))) for _ in range(5)]
-    for limit, times in ((0.5, one), (150, lot)):
+        lot = many(10_000)
+        single = [milliseconds(lambda: table.add([V4], 60), lambda: table.remove([V4])) for _ in range(50)]
+        batch = [milliseconds(lambda: table.add(lot, 60), lambda: table.remove(lot)) for _ in range(5)]
+    for limit, times in ((0.3, single), (75, batch)):
         for step in zip(*times, strict=True):
             assert statistics.median(step) < limit
 
