@@ -33,7 +33,7 @@ AFTER = 0.02  # seconds after a move in which its gap may still show
 
 
 def measure(report: Report) -> None:
-    moves = 4 if report.quick else 40
+    moves = 2 if report.quick else 40
     narrate(f"blackout of {moves} moves")
     found = json.loads(subprocess.check_output([sys.executable, "-m", "tests.bench.blackout", str(moves)], cwd=ROOT))
     seen, windows, phases = found["seen"], found["windows"], found["phases"]

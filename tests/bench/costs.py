@@ -20,12 +20,11 @@ QUEUES = {"receive": "in the receive queue", "unacked": "sent, not acknowledged"
 def measure(contest: Contest, report: Report) -> None:
     times, many, few = (1, 200, 50) if report.quick else (5, 5000, 1000)
     table: dict[str, Any] = {}
-
     idle = _idle(contest, report, times, many, table)
-    _queues(contest, report, times, few, table)
+    queues = _queues(contest, report, times, few, table)
     _scale(contest, report, table)
-    report.tables["microseconds a connection, medians by the clock; cpu: this thread's processor time"] = table
-    report.tables["where a Python connection's time goes, idle"] = _shares(idle)
+    report.tables["microseconds of processor time a connection, medians; wall: the sum by the clock"] = table
+    report.tables["where the time goes, microseconds"] = _shares(report, idle, queues)
     if calls := _calls(contest):
         report.tables["system calls a connection, idle"] = calls
 
@@ -52,15 +51,20 @@ def _idle(contest: Contest, report: Report, times: int, many: int, table: dict[s
     return idle
 
 
-def _queues(contest: Contest, report: Report, times: int, few: int, table: dict[str, Any]) -> None:
-    for queue, words in QUEUES.items():
-        narrate(f"{few} connections with 64 KiB {words}")
+def _queues(contest: Contest, report: Report, times: int, few: int, table: dict[str, Any]) -> dict[str, Any]:
+    narrate(f"{few} connections with 64 KiB queued")
+    contestants = {}
+    for queue in QUEUES:
         work = {"connections": few, "rounds": 3, queue: 64 * KIB}
-        contestants = {"reference": partial(contest.reference, **work), "python": partial(contest.subject, **work)}
-        figures = contest.alternate(times, contestants)
-        _ratio(report, f"64 KiB {words}, Python to C", figures, 1.2)
-        table[f"64 KiB {words}, C"] = _row(figures["reference"])
-        table[f"64 KiB {words}, Python"] = _row(figures["python"])
+        contestants[f"{queue}, C"] = partial(contest.reference, **work)
+        contestants[f"{queue}, Python"] = partial(contest.subject, **work)
+    figures = contest.alternate(times, contestants)
+    for queue, words in QUEUES.items():
+        pair = {"reference": figures[f"{queue}, C"], "python": figures[f"{queue}, Python"]}
+        _ratio(report, f"64 KiB {words}, Python to C", pair, 1.2)
+        table[f"64 KiB {words}, C"] = _row(pair["reference"])
+        table[f"64 KiB {words}, Python"] = _row(pair["python"])
+    return figures
 
 
 def _scale(contest: Contest, report: Report, table: dict[str, Any]) -> None:
@@ -95,13 +99,13 @@ def _cpu(figures: dict[str, Any], name: str) -> float:
 
 
 def _ratio(report: Report, name: str, figures: dict[str, Any], limit: float) -> None:
-    """Processor time decides: neighbours on a shared machine spoil the clock. All ratios and spreads are kept."""
+    """Processor time decides; all ratios and spreads are kept."""
     python = figures["python"]
     ratios = {
         f"{figure} to {other}": round(python[figure]["median"] / one[figure]["median"], 3)
         for other, one in figures.items()
         if other != "python"
-        for figure in ("cpu", "sum")
+        for figure in ("cpu", "wall")
     }
     report.number(name, ratios["cpu to reference"], limit, "x", ratios=ratios, spread=figures)
 
@@ -110,16 +114,25 @@ def _row(figures: dict[str, Any]) -> dict[str, float]:
     return {name: one["median"] for name, one in figures.items() if name not in ("user", "system")}
 
 
-def _shares(idle: dict[str, Any]) -> dict[str, Any]:
-    """User and system time come from clock ticks, so they are averaged over all rounds."""
+def _shares(report: Report, idle: dict[str, Any], queues: dict[str, Any]) -> dict[str, Any]:
+    """User and system time come from clock ticks, so their means over all rounds are used.
+
+    Copying is what 64 KiB add to the phase: out of the receive queue while saving, into it while restoring.
+    """
     python, like = idle["python"], idle["like for like"]
     cpu = python["cpu"]["median"]
     kernel = cpu * python["system"]["mean"] / (python["system"]["mean"] + python["user"]["mean"])
-    return {
-        "in the kernel": {"us": round(kernel, 2)},
-        "interpreter and library": {"us": round(cpu - kernel, 2)},
-        "C, the same calls, all": {"us": like["cpu"]["median"]},
+    shares = {
+        "system calls, idle": {"Python": round(kernel, 2), "C": like["cpu"]["median"]},
+        "interpreter and library, idle": {"Python": round(cpu - kernel, 2)},
     }
+    for part, figures in report.tables["a record, microseconds"].items():
+        shares[f"{part} a record"] = {"Python": figures["median"]}
+    for words, phase in (("copying 64 KiB out", "save"), ("copying 64 KiB in", "restore")):
+        full = {language: queues[f"receive, {language}"][phase]["median"] for language in ("Python", "C")}
+        empty = {"Python": python[phase]["median"], "C": like[phase]["median"]}
+        shares[words] = {language: round(full[language] - empty[language], 2) for language in full}
+    return shares
 
 
 def _calls(contest: Contest) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,8 @@ def format_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 class Contest(AbstractContextManager["Contest"]):
     """The reference, built for this run, and the Python API, which take turns at the same work."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, hurry: bool = False) -> None:
+        self._hurry = hurry
         self._directory = tempfile.TemporaryDirectory(prefix="tcpmig-bench-")
         self.program = Path(self._directory.name, "reference")
 
@@ -144,11 +146,15 @@ class Contest(AbstractContextManager["Contest"]):
         return _rounds(in_own_network("subject", "--reference", self.program, *_options(arguments)))
 
     def alternate(self, times: int, contestants: Mapping[str, Run]) -> dict[str, Any]:
-        """Let the contestants take turns; of each, by figure, what `spread` says about all rounds that count."""
+        """Let the contestants take turns; of each, by figure, what `spread` says about all rounds that count.
+
+        With ``hurry`` all at once, as nobody looks at the numbers.
+        """
+        with ThreadPoolExecutor(len(contestants) if self._hurry else 1) as track:
+            runs = [(name, track.submit(run)) for _ in range(times) for name, run in contestants.items()]
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
-        for _ in range(times):
-            for name, run in contestants.items():
-                rounds[name] += run()
+        for name, run in runs:
+            rounds[name] += run.result()
         return {
             name: {figure: spread(one[figure] for one in mine) for figure in mine[0]} for name, mine in rounds.items()
         }

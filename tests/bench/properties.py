@@ -35,7 +35,7 @@ def measure(report: Report) -> None:
     for buffer in ("receive buffer", "send buffer"):
         grown = after[buffer] / before[buffer]
         report.number(f"{buffer} after bulk, restored to untouched", grown, GROWN, "x", at_least=True)
-    report.tables["a record"] = {"encode": found["encode_us"], "decode": found["decode_us"]}
+    report.tables["a record, microseconds"] = {"encode": found["encode_us"], "decode": found["decode_us"]}
     report.tables["after 64 MiB each way"] = {"untouched": before, "restored": after}
 
 
