@@ -109,7 +109,7 @@ def record(body: bytes) -> dict[str, Any]:
     """The fields and queues of one body, defaults filled in. Raises Wrong."""
     try:
         elements = msgpack.unpackb(body, strict_map_key=False)
-    except ValueError:  # what msgpack raises, for strings that are not UTF-8 too
+    except (ValueError, TypeError):  # what msgpack raises, for strings that are not UTF-8 and keys that are maps too
         raise Wrong(None) from None
     if not isinstance(elements, list) or len(elements) < 4 or not isinstance(elements[0], dict):
         raise Wrong(None)
