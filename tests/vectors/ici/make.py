@@ -202,6 +202,7 @@ def bad_bodies() -> Iterator[tuple[str, Vector]]:
     yield "never-used", bad("the byte c1, which MessagePack never uses", b"\x94\xc1")
     yield "deep", bad("5000 arrays in each other, under an unknown key", _under_unknown_key(b"\x91" * 5000 + b"\x00"))
     yield "number-as-key", bad("a key that is no string", body({**LEAST, 1: 2}))  # type: ignore[dict-item]
+    yield "map-as-key", bad("a key that is a map", b"\x94\x81\x80\x01" + b"\xc4\0" * 3)
     yield (
         "not-utf-8",
         bad("a string that is not UTF-8", body(LEAST | {"congestion": "xxx"}).replace(b"xxx", b"\xff\xfe\xfd")),
