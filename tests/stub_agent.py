@@ -58,10 +58,11 @@ async def serving(
     migration: StubMigration | None = None,
     unix: Path | None = None,
     insecure: bool = False,
+    refused: Callable[[], None] | None = None,
 ) -> AsyncIterator[str]:
     """Serve meanwhile; gives "127.0.0.1:PORT", on the terms of ``tls``, or with ``unix`` the socket's target."""
-    server = grpc.aio.server(interceptors=[ErrorReporter(), Authorizer(insecure=insecure)], options=server_options())
-    # Abstract only to the type checker.
+    interceptors = [ErrorReporter(), Authorizer(insecure=insecure, refused=refused)]
+    server = grpc.aio.server(interceptors=interceptors, options=server_options())
     migration_pb2_grpc.add_MigrationServicer_to_server(migration or StubMigration(), server)
     handoff_pb2_grpc.add_HandoffServicer_to_server(StubHandoff(), server)
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)

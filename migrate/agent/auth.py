@@ -23,9 +23,13 @@ import grpc.aio
 from migrate import errors
 from migrate.agent.errors import status_details
 from migrate.agent.intercept import wrapped
+from migrate.agent.logging import get_logger
 from migrate.agent.v1 import types_pb2
 
 __all__ = ["ALLOWED", "EVERYBODY", "Authorizer", "Caller", "Role", "caller_of", "require_local", "uri_of"]
+
+
+_log = get_logger(__name__)
 
 
 class Role(enum.StrEnum):
@@ -97,8 +101,10 @@ def caller_of(context: grpc.aio.ServicerContext[Any, Any], *, insecure: bool = F
 class Authorizer(grpc.aio.ServerInterceptor):
     """Refuses what the caller's roles do not allow with PERMISSION_DENIED, before the handler sees the call."""
 
-    def __init__(self, *, insecure: bool = False) -> None:
+    def __init__(self, *, insecure: bool = False, refused: Callable[[], None] | None = None) -> None:
+        """``insecure`` as in caller_of; ``refused`` is called for each refusal, to count them."""
         self._insecure = insecure
+        self._refused = refused
 
     async def intercept_service(
         self,
@@ -114,6 +120,9 @@ class Authorizer(grpc.aio.ServerInterceptor):
             if not caller.may(method):
                 needed = [role for role in Role if Caller(frozenset({role}), "", False).may(method)]
                 wants = " or ".join(f"tcpmig://{role}/NAME" for role in needed) or "a role that does not exist yet"
+                _log.warning("call refused", caller=caller.name, peer=context.peer(), method=method)
+                if self._refused:
+                    self._refused()
                 await _deny(context, f"{caller.name} may not call {method}", f"a certificate that names {wants} may")
             yield
 

@@ -27,7 +27,7 @@ def _common() -> Options:
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", int(KEEPALIVE_SECONDS * 1000)),
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_SECONDS * 1000)),
-        # Against a link that swallows everything the time-out above does nothing; it is this one that counts, 60 s else.
+        # Against a link that swallows everything the time-out above does nothing; this one counts, by default 60 s.
         ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_SECONDS * 1000)),
         # A standing handoff stream without a message, or a channel between two moves, must notice a cut link too.
         ("grpc.keepalive_permit_without_calls", 1),

@@ -71,9 +71,14 @@ def test_a_role_may_call_this_and_nothing_else(authority: Path, role: Role, expe
     assert asyncio.run(scenario()) == expected | PUBLIC
 
 
-def test_the_refusal_names_who_called_and_who_might(authority: Path) -> None:
+def test_the_refusal_names_who_called_and_who_might(authority: Path, caplog: pytest.LogCaptureFixture) -> None:
+    refusals: list[int] = []
+
     async def scenario() -> None:
-        async with serving(authority) as target, channel_as(authority, target, Role.VIEWER, "grafana-1") as channel:
+        async with (
+            serving(authority, refused=lambda: refusals.append(1)) as target,
+            channel_as(authority, target, Role.VIEWER, "grafana-1") as channel,
+        ):
             await abort(channel)
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -85,6 +90,10 @@ def test_the_refusal_names_who_called_and_who_might(authority: Path) -> None:
         "tcpmig://viewer/grafana-1 may not call /tcpmig.v1.Migration/Abort "
         "(a certificate that names tcpmig://operator/NAME may)"
     )
+    assert refusals == [1]
+    [record] = caplog.records
+    assert record.getMessage() == "call refused"
+    assert vars(record)["fields"]["caller"] == "tcpmig://viewer/grafana-1"
 
 
 def test_a_refused_call_never_reaches_the_handler(authority: Path) -> None:
@@ -108,10 +117,21 @@ def test_a_refused_call_never_reaches_the_handler(authority: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://operator/x",
+        "https://x/tcpmig://operator/x",
+        "tcpmig://operator/x/y",
+        "tcpmig://operator/",
+        "tcpmig://Operator/x",
+        "tcpmig://root/x",
+    ],
+)
 def test_a_certificate_of_the_authority_that_names_no_role_may_only_ask_for_health(
-    authority: Path, monkeypatch: pytest.MonkeyPatch
+    authority: Path, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
-    monkeypatch.setattr(tls, "uri_of", lambda role, name: f"https://{role}/{name}")
+    monkeypatch.setattr(tls, "uri_of", lambda role, name: uri)
     refusal: list[grpc.aio.AioRpcError] = []
 
     async def scenario() -> set[str]:
@@ -123,7 +143,7 @@ def test_a_certificate_of_the_authority_that_names_no_role_may_only_ask_for_heal
             return await allowed(channel)
 
     assert asyncio.run(scenario()) == PUBLIC
-    assert str(refusal[0].details()).startswith("https://operator/x may not call")
+    assert str(refusal[0].details()).startswith(f"{uri} may not call")
 
 
 def test_the_unix_socket_is_for_this_host_s_operator(tmp_path: Path) -> None:
