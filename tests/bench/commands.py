@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.bench.measure import Report, elapsed, in_own_network, narrate, spread
+from tests.bench.measure import PLAIN, Report, elapsed, in_own_network, narrate, spread
 
 TCPMIG = str(Path(sys.executable).with_name("tcpmig"))
 
@@ -49,7 +49,7 @@ def main() -> None:
     ends = [end for _ in range(arguments.pairs) for end in (socket.create_connection(name), listener.accept()[0])]
     listener.close()
     for command in (["ss", "-Htnp"], [TCPMIG, "list"]):
-        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=PLAIN).stdout.splitlines()
         if sum(":8000" in line for line in lines) != len(ends):
             raise SystemExit(f"{command[0]} does not list every connection")
     ss, tcpmig = [], []
