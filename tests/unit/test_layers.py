@@ -32,6 +32,7 @@ LAYERS = (
     "handoff",
     "agent",
     "app",
+    "demo",
     "cli",
 )
 # Of kernel/ each module is one interface and knows no other, but for what they all stand on and what is named here:
