@@ -3,8 +3,9 @@
 The order of the calls in `dump` is the contract with the kernel:
 
 1. TCP_INFO, from which the state is judged: whatever must be refused is refused before anything is touched.
-2. TCP_REPAIR on. From here the application's own reads and writes fail, so the queues stand still as far as it is
-   concerned. The network does not: hold the connection first (`migrate.hold`), or the copy may be stale.
+2. The socket options, before repair mode changes SO_REUSEADDR. Then TCP_REPAIR on: the application's own reads and
+   writes fail, so the queues stand still as far as it is concerned. The network does not: hold the connection first
+   (`migrate.hold`), or the copy may be stale.
 3. Where the queues end. A queue is selected for as short as can be: an application's write() would enter it, and a
    pacing timer would move bytes of a selected send queue on as sent without sending them.
 4. Whether the queues hold anything, now that nothing can enter them; if so, once more, with their bytes.
@@ -25,7 +26,7 @@ from typing import Protocol
 from migrate.errors import Error, Gone, NotFound, Refused, from_oserror
 from migrate.fourtuple import unmapped
 from migrate.ici import Ici
-from migrate.kernel import sockopt, tcpinfo, uapi
+from migrate.kernel import options, sockopt, tcpinfo, uapi
 from migrate.tcpstate import REBUILD, TcpState, Way
 
 __all__ = ["HasFileno", "borrowed", "check", "dump", "obstacle", "release", "thaw"]
@@ -66,11 +67,12 @@ def dump(sock: HasFileno) -> Ici:
         info = sockopt.tcp_info(sock)
         if info[0] not in _MOVABLE:
             _refuse_unless_movable(sock)
+        found = options.read(sock)
         sockopt.enter_repair(sock)
     except OSError as error:
         raise _why_not(sock, error) from None
     try:
-        return _read(sock, info)
+        return _read(sock, info, found)
     except BaseException as error:
         sockopt.leave_repair(sock, probe=False)
         if isinstance(error, OSError):
@@ -80,7 +82,7 @@ def dump(sock: HasFileno) -> Ici:
         raise
 
 
-def _read(sock: socket.socket, info: bytes) -> Ici:
+def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> Ici:
     """The record of a socket that is in repair mode; on return no queue is selected."""
     state, bits, wscales, mss, rtt, rttvar, ssthresh, cwnd, notsent = _facts(info)
     write_seq, rcv_nxt = sockopt.queue_ends(sock)
@@ -98,6 +100,7 @@ def _read(sock: socket.socket, info: bytes) -> Ici:
     snd_wscale, rcv_wscale = tcpinfo.scales(wscales) if bits & uapi.TCPI_OPT_WSCALE else (-1, -1)
     mss_clamp = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
     congestion = sockopt.congestion(sock)
+    found.pop("TCP_CONGESTION", None)
     local, remote = sock.getsockname(), sock.getpeername()
     # By position, in the order of the record's definition: by name takes ten times as long.
     return Ici(
@@ -129,7 +132,7 @@ def _read(sock: socket.socket, info: bytes) -> Ici:
         rttvar,
         b"",  # id and epoch are given by whoever moves the connection
         0,
-        {},
+        found,
         -1,
         b"",
         _HOST,

@@ -2,7 +2,8 @@
 
 The order of the calls in `restore` is the contract with the kernel:
 
-1. Buffer sizes while the socket is fresh: the windows that connect() computes come from them.
+1. Socket options, each at its moment (`kernel.options`); buffer sizes come first, while the socket is fresh: the
+   windows that connect() computes come from them.
 2. TCP_REPAIR on (it also lets bind() stand beside a listener and sister connections), where the queues begin, and
    TCP_MAXSEG: without it connect() starts from the 536 bytes of RFC 9293 and stays there for a long while.
 3. bind and connect, which in repair mode send nothing and give ESTABLISHED.
@@ -20,12 +21,13 @@ import errno
 import functools
 import socket
 import time
+from collections.abc import Iterator
 
 from migrate.checkpoint import HasFileno
 from migrate.errors import Conflict, Error, HostError, Refused, from_oserror
 from migrate.fourtuple import MAPPED
 from migrate.ici import Ici
-from migrate.kernel import segment, sockopt, uapi
+from migrate.kernel import options, segment, sockopt, uapi
 from migrate.kernel.nft import MARK
 from migrate.tcpstate import REBUILD, Step, TcpState, Way
 
@@ -39,11 +41,16 @@ _INJECTION = 0.5  # seconds for an injected segment to arrive
 
 
 class Restored(socket.socket):
-    """A rebuilt socket. ``record`` is what it was made from until it is activated, then None."""
+    """A rebuilt socket.
 
-    __slots__ = ("record",)
+    ``record`` is what it was made from until it is activated, then None. ``unset`` names the socket options that it
+    should have and that this host could not set.
+    """
+
+    __slots__ = ("record", "unset")
 
     record: Ici | None
+    unset: list[str]
 
 
 def restore(ici: Ici, *, activate: bool = True) -> socket.socket:
@@ -60,7 +67,7 @@ def restore(ici: Ici, *, activate: bool = True) -> socket.socket:
     except OSError as error:
         raise from_oserror("making a socket", error, hint=_descriptor_hint(error)) from None
     try:
-        sock.record = ici
+        sock.record, sock.unset = ici, []
         _rebuild(sock, ici)
         if activate:
             _activate(sock, ici)
@@ -100,11 +107,13 @@ def _silence(sock: socket.socket) -> None:
         return
 
 
-def _rebuild(sock: socket.socket, ici: Ici) -> None:
+def _rebuild(sock: Restored, ici: Ici) -> None:
     plan = REBUILD[TcpState(ici.state)]
     if plan.way is not Way.REPAIR:
         raise Refused(f"{ici.four_tuple} was in {TcpState(ici.state).name}: {plan.reason}")
-    _fit_buffers(sock, ici)
+    chosen = ici.options
+    if chosen:
+        sock.unset += options.apply(sock, chosen, options.Phase.BEFORE_BIND)
     try:
         sockopt.enter_repair(sock)
     except OSError as error:
@@ -115,6 +124,12 @@ def _rebuild(sock: socket.socket, ici: Ici) -> None:
     sockopt.set_queue_start(sock, ici.rcv_nxt - plan.received_fin - len(ici.received))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, min(ici.mss_clamp, _MAXSEG_LIMIT))
     _connect(sock, ici)
+    if (
+        ici.congestion
+        and ici.congestion != sockopt.congestion(sock)
+        and not sockopt.set_congestion(sock, ici.congestion)
+    ):
+        sock.unset.append("TCP_CONGESTION")
     sockopt.set_repair_options(
         sock,
         sockopt.repair_options(ici.mss_clamp, ici.snd_wscale, ici.rcv_wscale, ici.sack, ici.timestamps > 0),
@@ -122,23 +137,35 @@ def _rebuild(sock: socket.socket, ici: Ici) -> None:
     if ici.timestamps:
         sockopt.set_timestamp(sock, ici.ts_value & ~1 | (ici.timestamps == 2))
     if ici.received:
-        _fill(sock, ici.received)  # the receive queue is still selected
+        with _room(sock, socket.SO_RCVBUF, uapi.SO_RCVBUFFORCE, len(ici.received)):
+            _fill(sock, ici.received)  # the receive queue is still selected
     if ici.sent:
         sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
-        _fill(sock, ici.sent)
+        with _room(sock, socket.SO_SNDBUF, uapi.SO_SNDBUFFORCE, len(ici.sent)):
+            _fill(sock, ici.sent)
     if plan.steps and not _steps_wait(ici):
         _take_steps(sock, ici, plan.steps)
     sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
+    if chosen:
+        sock.unset += options.apply(sock, chosen, options.Phase.IN_REPAIR)
     # Last, because an injected segment changes the windows.
     sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup))
+
+
+def _set_congestion(sock: Restored, name: str) -> None:
+    if not sockopt.set_congestion(sock, name):
+        sock.unset.append("TCP_CONGESTION")
 
 
 def _activate(sock: Restored, ici: Ici) -> None:
     # The probe makes the peer repeat its window and what it has received. It is needed where segments or an
     # opening of the peer's window may have been lost, and costs most of the time of leaving repair mode.
     sockopt.leave_repair(sock, probe=bool(ici.sent or ici.unsent))
+    if ici.options:
+        sock.unset += options.apply(sock, ici.options, options.Phase.AFTER_REPAIR)
     if ici.unsent:
-        _send_unsent(sock, ici.unsent)
+        with _room(sock, socket.SO_SNDBUF, uapi.SO_SNDBUFFORCE, len(ici.sent) + len(ici.unsent)):
+            _send_unsent(sock, ici.unsent)
         if _steps_wait(ici):
             _take_steps(sock, ici, REBUILD[TcpState(ici.state)].steps)
     sock.record = None
@@ -187,19 +214,23 @@ def _await_change(sock: socket.socket, before: int) -> None:
         time.sleep(0)
 
 
-def _connect(sock: socket.socket, ici: Ici) -> None:
+def _connect(sock: Restored, ici: Ici) -> None:
     local, remote = _addresses(ici)
     try:
         sock.bind(local)
     except OSError as error:
         raise _bind_error(ici, error) from None
+    if ici.options:
+        sock.unset += options.apply(sock, ici.options, options.Phase.BEFORE_CONNECT)
+        if label := options.flowinfo(ici.options):
+            remote = (*remote, label, 0)
     try:
         sock.connect(remote)
     except OSError as error:
         raise _connect_error(ici, error) from None
 
 
-def _addresses(ici: Ici) -> tuple[tuple[str, int], tuple[str, int]]:
+def _addresses(ici: Ici) -> tuple[tuple[str, int], tuple[str | int, ...]]:
     text = _text4 if ici.family == 4 else _text6
     return (text(ici.local), ici.local_port), (text(ici.remote), ici.remote_port)
 
@@ -235,17 +266,29 @@ def _connect_error(ici: Ici, error: OSError) -> Error:
     return from_oserror(f"connecting {ici.four_tuple}", error)
 
 
-def _fit_buffers(sock: socket.socket, ici: Ici) -> None:
-    """Room for the queues, as send() would else block for ever; the kernel doubles what it is told."""
-    if ici.sent or ici.unsent:
-        _at_least(sock, socket.SO_SNDBUF, uapi.SO_SNDBUFFORCE, (len(ici.sent) + len(ici.unsent)) * _TRUESIZE)
-    if ici.received:
-        _at_least(sock, socket.SO_RCVBUF, uapi.SO_RCVBUFFORCE, len(ici.received) * _TRUESIZE)
+@contextlib.contextmanager
+def _room(sock: socket.socket, option: int, force: int, length: int) -> Iterator[None]:
+    """A buffer that takes a queue of ``length`` bytes; afterwards it has its size again, and autotuning its way.
+
+    It is made larger only after connect(), which computes windows from it.
+    """
+    size, needed = sock.getsockopt(socket.SOL_SOCKET, option), length * _TRUESIZE
+    if size >= needed:
+        yield
+        return
+    lock = sock.getsockopt(socket.SOL_SOCKET, uapi.SO_BUF_LOCK)
+    _set_size(sock, option, force, needed)
+    yield
+    _set_size(sock, option, force, size)
+    sock.setsockopt(socket.SOL_SOCKET, uapi.SO_BUF_LOCK, lock)
 
 
-def _at_least(sock: socket.socket, option: int, force: int, size: int) -> None:
-    if sock.getsockopt(socket.SOL_SOCKET, option) < size:
-        sock.setsockopt(socket.SOL_SOCKET, force, min(size // 2, 0x3FFFFFFF))
+def _set_size(sock: socket.socket, option: int, force: int, size: int) -> None:
+    half = min(size // 2, 0x3FFFFFFF)  # the kernel doubles what it is told
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, force, half)
+    except PermissionError:  # in a user namespace: up to net.core.rmem_max and wmem_max, then
+        sock.setsockopt(socket.SOL_SOCKET, option, half)
 
 
 def _fill(sock: socket.socket, data: bytes | memoryview) -> None:

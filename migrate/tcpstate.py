@@ -286,7 +286,7 @@ PATHS: Final[Mapping[str, tuple[Event, ...]]] = {
 class Way(enum.Enum):
     """By which calls a state comes back."""
 
-    REPAIR = "connect in repair mode, then the steps"
+    REPAIR = "repair mode"  # connect in it, then the steps
     CONNECT = "connect again"
     LISTEN = "bind and listen"
     SOCKET = "a fresh socket"
@@ -302,8 +302,8 @@ class Step(enum.Enum):
     """
 
     SHUTDOWN = "shutdown"  # with the send queue selected: then the FIN counts as sent, else it is sent
-    INJECT_FIN = "inject the peer's FIN"
-    INJECT_ACK = "inject the ACK of our FIN"
+    INJECT_FIN = "inject FIN"  # the peer's
+    INJECT_ACK = "inject ACK"  # of our FIN
 
 
 class Rebuild(NamedTuple):

@@ -16,7 +16,7 @@ import sys
 from migrate.adopt.child import LISTEN_FDS_START, SystemdAdopter
 from migrate.errors import UsageError
 
-__all__ = ["RelayAdopter", "main"]
+__all__ = ["RelayAdopter", "main", "relay"]
 
 _CHUNK = 65536  # bytes; also what is in this process at most, for each direction of each connection
 
@@ -36,7 +36,8 @@ def _endpoint(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-async def _relay(client: socket.socket, server: tuple[str, int]) -> None:
+async def relay(client: socket.socket, server: tuple[str, int]) -> None:
+    """Connect to ``server`` and carry bytes both ways until both ends have closed or one broke; closes ``client``."""
     loop = asyncio.get_running_loop()
     client.setblocking(False)
     with client, socket.socket(_family(server), socket.SOCK_STREAM) as backend:
@@ -63,7 +64,7 @@ def _family(server: tuple[str, int]) -> socket.AddressFamily:
 
 
 async def _relay_all(clients: list[socket.socket], server: tuple[str, int]) -> None:
-    await asyncio.gather(*(_relay(client, server) for client in clients))
+    await asyncio.gather(*(relay(client, server) for client in clients))
 
 
 def main() -> None:

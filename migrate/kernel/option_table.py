@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 __all__ = ["BY_NAME", "LEFT_OUT", "OPTIONS", "Kind", "LeftOut", "Option", "Phase", "Value"]
 
-Value = int | bytes | str
+Value = int | bytes
 
 
 class Phase(enum.IntEnum):
@@ -40,7 +40,7 @@ class Kind(enum.Enum):
     RATE = "bytes a second"  # unsigned long; 2**64 - 1: no limit
     TIMEVAL = "microseconds"  # struct timeval; 0: none
     LINGER = "seconds, or -1"  # struct linger; -1: off
-    STRING = "string"  # NUL-terminated
+    STRING = "string"  # bytes without the NUL
     DEVICE = "name of a network device"
     BYTES = "bytes as they are"
     STICKY = "IPv6 extension header"  # as BYTES; charged to the socket's option memory
@@ -93,7 +93,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("SO_RCVBUF", SOL, 8, Kind.SIZE, BIND, sample=100_000, note="by SO_RCVBUFFORCE where allowed"),
     Option("SO_BUF_LOCK", SOL, 72, phase=BIND, sample=3, note="1 send, 2 receive: autotuning keeps off"),
     Option("SO_MARK", SOL, 36, phase=BIND, sample=0x1234567),
-    Option("SO_BINDTODEVICE", SOL, 25, Kind.DEVICE, BIND, sample="lo", note="the same name must be there"),
+    Option("SO_BINDTODEVICE", SOL, 25, Kind.DEVICE, BIND, sample=b"lo", note="the same name must be there"),
     Option("IP_FREEBIND", IP, 15, phase=BIND, family=4),
     Option("IP_TRANSPARENT", IP, 19, phase=BIND, family=4),
     Option("IPV6_FREEBIND", IPV6, 78, phase=BIND, family=6, note="the bit of IP_FREEBIND"),
@@ -115,7 +115,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("IP_MTU_DISCOVER", IP, 10, phase=CONNECT, sample=3),
     Option("IPV6_MTU_DISCOVER", IPV6, 23, phase=CONNECT, family=6, sample=3),
     Option("IPV6_DONTFRAG", IPV6, 62, phase=CONNECT, family=6),
-    Option("TCP_CONGESTION", TCP, 13, Kind.STRING, CONNECT, sample="cubic", note="the kernel must have it"),
+    Option("TCP_CONGESTION", TCP, 13, Kind.STRING, CONNECT, sample=b"cubic", note="the kernel must have it"),
     Option("TCP_MD5SIG", TCP, 14, Kind.BYTES, CONNECT, sample=b"", readable=False, note="of the user: md5_key()"),
     # In repair mode.
     Option("TCP_NODELAY", TCP, 1),

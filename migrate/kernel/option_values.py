@@ -31,9 +31,10 @@ _FL_GET, _FL_SHARED_BY_ANY, _FL_CREATE = 0, 255, 1
 _MD5SIG = struct.Struct("=128sBBHI80s")  # struct tcp_md5sig: address, flags, prefix, length of the key, device, key
 _FILTER, _FILTER_IN_RECORD = struct.Struct("=HBBI"), struct.Struct(">HBBI")  # struct sock_filter
 _MOST_FILTER = 4096  # BPF_MAXINSNS
+_MOST_STRING = 16  # TCP_CA_NAME_MAX, IFNAMSIZ
 _LONGEST = 1024  # bytes that the interpreter's getsockopt takes
 
-_T = TypeVar("_T", int, str, bytes)
+_T = TypeVar("_T", int, bytes)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.getsockopt.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
@@ -88,7 +89,7 @@ def _get_linger(sock: socket.socket, option: Option) -> Value:
 
 
 def _get_string(sock: socket.socket, option: Option) -> Value:
-    return sock.getsockopt(option.level, option.number, 16).partition(b"\0")[0].decode("ascii", "surrogateescape")
+    return sock.getsockopt(option.level, option.number, _MOST_STRING).partition(b"\0")[0]
 
 
 def _get_bytes(sock: socket.socket, option: Option) -> Value:
@@ -146,7 +147,7 @@ def _put_linger(sock: socket.socket, option: Option, value: Value) -> None:
 
 
 def _put_string(sock: socket.socket, option: Option, value: Value) -> None:
-    sock.setsockopt(option.level, option.number, _as(str, value).encode("ascii", "surrogateescape") + b"\0")
+    sock.setsockopt(option.level, option.number, _as(bytes, value) + b"\0")
 
 
 def _put_bytes(sock: socket.socket, option: Option, value: Value) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import socket
 import struct
@@ -208,20 +209,11 @@ def apply(sock: socket.socket, options: Mapping[str, Value], phase: Phase) -> li
     """
     if not options:
         return []
-    chosen, left = [], []
-    for name in options:
-        option = BY_NAME.get(name)
-        if option and phase in (option.phase, Phase.UNCONNECTED):
-            chosen.append(option)
-        elif phase in (Phase.BEFORE_BIND, Phase.UNCONNECTED) and (not option or option.phase is Phase.UNCONNECTED):
-            left.append(name)
-    values = dict(options)
-    if any(option.kind is Kind.SIZE for option in chosen) and "SO_BUF_LOCK" not in values:
-        values["SO_BUF_LOCK"] = 0  # setting a size locks it
-        chosen.append(BY_NAME["SO_BUF_LOCK"])
-    for option in sorted(chosen, key=_place):
+    chosen, unknown = _schedule(tuple(options), phase)
+    left = list(unknown)
+    for option in chosen:
         try:
-            option_values.put(sock, option, values[option.name])
+            option_values.put(sock, option, options.get(option.name, 0))
         except OSError as error:
             if sock.fileno() < 0:
                 raise from_oserror(f"setting {option.name}", error) from None
@@ -229,6 +221,21 @@ def apply(sock: socket.socket, options: Mapping[str, Value], phase: Phase) -> li
         except (TypeError, ValueError, OverflowError, struct.error):  # a value of another form than this option's
             left.append(option.name)
     return left
+
+
+@functools.lru_cache(maxsize=1024)
+def _schedule(names: tuple[str, ...], phase: Phase) -> tuple[list[Option], list[str]]:
+    """What of these is set in that phase, in order, and what cannot be. Few sets of names are ever seen."""
+    chosen, unknown = [], []
+    for name in names:
+        option = BY_NAME.get(name)
+        if option and phase in (option.phase, Phase.UNCONNECTED):
+            chosen.append(option)
+        elif phase in (Phase.BEFORE_BIND, Phase.UNCONNECTED) and (not option or option.phase is Phase.UNCONNECTED):
+            unknown.append(name)
+    if any(option.kind is Kind.SIZE for option in chosen) and "SO_BUF_LOCK" not in names:
+        chosen.append(BY_NAME["SO_BUF_LOCK"])  # setting a size locks it: its value is 0
+    return sorted(chosen, key=_place), unknown
 
 
 def flowinfo(options: Mapping[str, Value]) -> int:

@@ -38,6 +38,7 @@ __all__ = [
     "received_length",
     "repair_options",
     "select_queue",
+    "set_congestion",
     "set_queue_start",
     "set_repair_options",
     "set_timestamp",
@@ -184,6 +185,15 @@ def set_window(sock: socket.socket, values: tuple[int, int, int, int, int]) -> N
 def congestion(sock: socket.socket) -> str:
     """TCP_CONGESTION: the name of the congestion control."""
     return _text(sock.getsockopt(_TCP, socket.TCP_CONGESTION, 16))
+
+
+def set_congestion(sock: socket.socket, name: str) -> bool:
+    """Whether this host has that congestion control and allows it."""
+    try:
+        sock.setsockopt(_TCP, socket.TCP_CONGESTION, name.encode("ascii"))
+    except (FileNotFoundError, PermissionError):
+        return False
+    return True
 
 
 @functools.lru_cache
