@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
+import sys
+import termios
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -12,7 +15,7 @@ from migrate.fourtuple import FourTuple, unmapped
 from migrate.kernel import sockopt, uapi
 from tests.fix_netns import Host
 
-__all__ = ["KINDS", "Pair", "numbers", "pair", "unprivileged"]
+__all__ = ["KINDS", "Pair", "numbers", "pair", "unacknowledged", "unprivileged"]
 
 KINDS = ["IPv4", "IPv6", "mapped"]  # the last: an IPv6 socket at the server, IPv4 on the wire
 
@@ -27,7 +30,7 @@ class Pair(NamedTuple):
 
 @contextlib.contextmanager
 def pair(client: Host, server: Host, kind: str) -> Iterator[Pair]:
-    """A connection from one host to the other; both sockets time out after 10 s."""
+    """A connection from one host to the other; both sockets send at once and time out after 10 s."""
     family = socket.AF_INET if kind == "IPv4" else socket.AF_INET6
     with server.entered():
         listener = socket.create_server(("", 0), family=family, dualstack_ipv6=kind == "mapped")
@@ -36,8 +39,9 @@ def pair(client: Host, server: Host, kind: str) -> Iterator[Pair]:
             here = socket.create_connection((server.ip6 if kind == "IPv6" else server.ip4, listener.getsockname()[1]))
         there = listener.accept()[0]
     with here, there:
-        here.settimeout(10)
-        there.settimeout(10)
+        for sock in (here, there):
+            sock.settimeout(10)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield Pair(here, there, flow(there))
 
 
@@ -46,6 +50,11 @@ def flow(sock: socket.socket) -> FourTuple:
     names = sock.getsockname(), sock.getpeername()
     (local, remote) = (unmapped(socket.inet_pton(sock.family, name[0])) for name in names)
     return FourTuple(local, names[0][1], remote, names[1][1])
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """Bytes written that the peer has not acknowledged."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def numbers(sock: socket.socket) -> tuple[int, int]:
