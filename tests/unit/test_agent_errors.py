@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import re
 import resource
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 
 from migrate import errors
 from migrate.agent import options
-from migrate.agent.errors import DOMAIN, from_problem, from_rpc_error, to_problem
+from migrate.agent.errors import DOMAIN, code_of, from_problem, from_rpc_error, to_problem
 from migrate.agent.intercept import wrapped
 from migrate.agent.v1 import handoff_pb2, handoff_pb2_grpc, migration_pb2, migration_pb2_grpc, types_pb2
 from tests.stub_agent import Context, StubMigration, abort, calling, serving
@@ -335,3 +337,19 @@ def test_a_stream_that_is_cancelled_is_closed_at_once() -> None:
 
 def test_an_unknown_method_has_no_handler_to_wrap() -> None:
     assert wrapped(None, lambda _: pytest.fail("never called")) is None
+
+
+def test_the_reference_says_the_same() -> None:
+    """The table in docs/grpc-api.md against what an error of each type really becomes."""
+    text = (Path(__file__).parents[2] / "docs/grpc-api.md").read_text()
+    said: dict[str, tuple[str, int, set[str]]] = {}
+    for line in re.findall(r"^\| `[A-Z_`, ]+ \| `[A-Z_]+` \| \d \|.*$", text, re.MULTILINE):
+        reasons, [code], digit, names = (re.findall(r"`(\w+)`", cell) or cell.split() for cell in line.split("|")[1:5])
+        said |= {reason: (code, int(digit[0]), set(names)) for reason in reasons}
+    assert said.pop("PERMISSION") == ("PERMISSION_DENIED", errors.RemoteError.exit_code, set())
+    problems = {to_problem(error).reason: (error, set(to_problem(error).metadata)) for error in ERRORS}
+    expected = {
+        reason: (code_of(error).name, error.exit_code, names | ({"field"} if "offset" in names else set()))
+        for reason, (error, names) in problems.items()
+    }
+    assert said == expected
