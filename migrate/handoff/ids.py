@@ -11,7 +11,7 @@ import os
 
 import msgspec
 
-from migrate.ici import FourTuple
+from migrate.fourtuple import FourTuple
 
 __all__ = ["ID_BYTES", "Connection", "new_id"]
 

@@ -17,12 +17,12 @@ from typing import Self
 import msgspec
 
 from migrate.errors import Conflict, HostError, from_oserror
+from migrate.fourtuple import FourTuple
 from migrate.handoff.commands import Row
 from migrate.handoff.database import Database
 from migrate.handoff.destination import DestinationHandoff, DestinationState
 from migrate.handoff.ids import Connection, new_id
 from migrate.handoff.source import SourceState
-from migrate.ici import FourTuple
 
 __all__ = ["Journal"]
 

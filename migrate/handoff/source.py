@@ -67,6 +67,7 @@ _E = SourceEvent
 
 _RELEASE = (_S.RELEASED, (do.WriteJournal, do.Release, do.SendKept, do.Steer, do.Thaw, do.StartTimer))
 _STAY = (_S.STAYED, (do.Thaw, do.Unclaim, do.Forget, do.Report))
+_WITHDRAW = (_S.STAYED, (say.Abort, do.Forget, do.Report))
 _GIVE_UP = (_S.STAYED, (say.Abort, do.Thaw, do.Forget, do.Report))
 _ASK = (_S.DOUBT, (do.Ask, do.StartTimer))
 
@@ -77,11 +78,11 @@ TRANSITIONS: Table = {
     _S.PREPARING: {
         _E.PREPARED: (_S.FREEZING, (do.WriteJournal, do.Hold, do.Freeze)),
         _E.PREPARED_NONE: (_S.STAYED, (do.Forget, do.Report)),
-        _E.TIMEOUT: _GIVE_UP,
-        _E.LINK_LOST: _GIVE_UP,
-        _E.CANCEL: _GIVE_UP,
-        _E.FAILED: _GIVE_UP,
-        _E.RESTARTED: _GIVE_UP,
+        _E.TIMEOUT: _WITHDRAW,
+        _E.LINK_LOST: _WITHDRAW,
+        _E.CANCEL: _WITHDRAW,
+        _E.FAILED: _WITHDRAW,
+        _E.RESTARTED: _WITHDRAW,
     },
     _S.FREEZING: {
         _E.FROZEN: (_S.OFFERED, (do.WriteJournal, say.Offer, do.Thaw, do.StartTimer)),
