@@ -61,13 +61,13 @@ def bind_service() -> list[str]:
 
 
 def dump(net: Lan, file: Path, user: int, capabilities: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    words = ["dump", "--local", f"{net.vip4}:{PORT}", "--state", "ESTABLISHED", "-o", file, "--steer", "vip:eth0"]
+    words = ["dump", "--local", f"{net.vip4}:{PORT}", "--state", "ESTABLISHED", "-o", str(file), "--steer", "vip:eth0"]
     command = [*confined(net.host("a"), user, capabilities), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def restore(net: Lan, file: Path, user: int, capabilities: Sequence[str]) -> int:
-    words = ["restore", file, "--detach", "--steer", "vip:eth0", "--", "cat"]
+    words = ["restore", str(file), "--detach", "--steer", "vip:eth0", "--", "cat"]
     command = [*confined(net.host("b"), user, capabilities), *words]
     # Not captured: the adopting command would inherit the pipe.
     return subprocess.run(command, stdout=subprocess.DEVNULL, timeout=60, check=False).returncode

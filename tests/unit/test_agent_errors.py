@@ -23,8 +23,8 @@ from migrate import errors
 from migrate.agent import options
 from migrate.agent.errors import DOMAIN, code_of, from_problem, from_rpc_error, to_problem
 from migrate.agent.intercept import wrapped
-from migrate.agent.v1 import handoff_pb2, handoff_pb2_grpc, migration_pb2, migration_pb2_grpc, types_pb2
-from tests.stub_agent import Context, StubMigration, abort, calling, serving
+from migrate.agent.v1 import handoff_pb2, migration_pb2, migration_pb2_grpc, types_pb2
+from tests.stub_agent import Context, HandoffServicer, MigrationServicer, StubMigration, abort, calling, serving
 from tests.waiting import until
 
 
@@ -273,7 +273,7 @@ def test_our_own_message_that_is_too_large_is_not_sent() -> None:
 # ---- every kind of handler
 
 
-class Streams(migration_pb2_grpc.MigrationServicer, handoff_pb2_grpc.HandoffServicer):
+class Streams(MigrationServicer, HandoffServicer):  # type: ignore[misc]
     """Two messages, then Refused; Watch writes to its context, the others yield."""
 
     async def ListConnections(self, request: Any, context: Context) -> AsyncIterator[Any]:

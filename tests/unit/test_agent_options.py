@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -45,6 +46,12 @@ class Cable:
                     writer.write(data)
 
 
+async def echo(call: Any) -> None:
+    """The stream is alive: what is written comes back."""
+    await call.write(HELLO)
+    assert (await call.read()).hello == HELLO.hello
+
+
 @contextlib.asynccontextmanager
 async def cable_to(target: str) -> AsyncIterator[tuple[Cable, str]]:
     cable = Cable(target)
@@ -64,11 +71,9 @@ def test_an_idle_stream_outlives_many_pings() -> None:
     async def scenario() -> None:
         async with serving(insecure=True) as target, calling(target) as channel:
             call = handoff_pb2_grpc.HandoffStub(channel).Transfer()
-            await call.write(HELLO)
-            assert (await call.read()).hello.host == "a"
+            await echo(call)
             await asyncio.sleep(PING * 5.5)  # the silence is what is tested
-            await call.write(HELLO)
-            assert (await call.read()).hello.host == "a"
+            await echo(call)
             await call.done_writing()
             assert await call.code() is grpc.StatusCode.OK
 
@@ -83,8 +88,7 @@ def test_a_cut_link_shows_in_two_intervals() -> None:
             calling(through) as channel,
         ):
             call = handoff_pb2_grpc.HandoffStub(channel).Transfer()
-            await call.write(HELLO)
-            assert (await call.read()).hello.host == "a"
+            await echo(call)
             cable.whole = False
             began = time.monotonic()
             with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -164,7 +164,7 @@ def test_a_side_does_not_say_what_is_the_other_s() -> None:
 
 
 def listed(**changes: Any) -> pb.ConnectionList:
-    sound = {
+    sound: dict[str, Any] = {
         "ids": b"i" * 16,
         "epochs": [1],
         "four_tuples": bytes(10) + b"\xff\xff" + bytes(6) + bytes(10) + b"\xff\xff" + bytes(6),
@@ -182,7 +182,7 @@ def offered(
 
 
 def prepared(**changes: Any) -> pb.TransferRequest:
-    sound = {"batch": BATCH, "connections": listed(), "patience_seconds": 1.0}
+    sound: dict[str, Any] = {"batch": BATCH, "connections": listed(), "patience_seconds": 1.0}
     return pb.TransferRequest(prepare=pb.Prepare(**sound | changes))
 
 
