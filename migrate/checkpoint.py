@@ -19,7 +19,7 @@ import functools
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -29,7 +29,7 @@ from migrate.ici import Ici
 from migrate.kernel import options, sockopt, tcpinfo, uapi
 from migrate.tcpstate import REBUILD, TcpState, Way
 
-__all__ = ["HasFileno", "borrowed", "check", "dump", "obstacle", "release", "thaw"]
+__all__ = ["HasFileno", "borrowed", "check", "dump", "dump_many", "obstacle", "release", "thaw"]
 
 
 class HasFileno(Protocol):
@@ -41,10 +41,16 @@ class HasFileno(Protocol):
 _MOVABLE = frozenset(state for state, plan in REBUILD.items() if plan.way is Way.REPAIR)
 _FIN_QUEUED = frozenset(state for state, plan in REBUILD.items() if plan.sent_fin and not plan.fin_acked)
 
+_INITIAL_CWND = 10  # TCP_INIT_CWND in include/net/tcp.h, segments
+
+_TCP, _MAXSEG = int(socket.IPPROTO_TCP), socket.TCP_MAXSEG  # names of this module are found quicker than others
+_TIMESTAMPS, _USEC_TS, _SACK = uapi.TCPI_OPT_TIMESTAMPS, uapi.TCPI_OPT_USEC_TS, uapi.TCPI_OPT_SACK
+_WSCALE, _ECN = uapi.TCPI_OPT_WSCALE, uapi.TCPI_OPT_ECN
+
 _HOST, _KERNEL = os.uname().nodename, os.uname().release
 
 _facts = tcpinfo.reader(
-    "state", "options", "wscales", "snd_mss", "rtt", "rttvar", "snd_ssthresh", "snd_cwnd", "notsent_bytes"
+    "state", "options", "wscales", "snd_mss", "rtt", "rttvar", "snd_ssthresh", "snd_cwnd", "advmss", "notsent_bytes"
 )
 
 
@@ -68,6 +74,36 @@ def dump(sock: HasFileno) -> Ici:
         if info[0] not in _MOVABLE:
             _refuse_unless_movable(sock)
         found = options.read(sock)
+    except OSError as error:
+        raise _why_not(sock, error) from None
+    return _freeze(sock, info, found)
+
+
+def dump_many(socks: Sequence[socket.socket]) -> list[Ici | Error]:
+    """`dump` for each of many, which costs less: the record, or why there is none. None is touched if this raises."""
+    judged: list[bytes | Error] = []
+    for sock in socks:
+        try:
+            info = sockopt.tcp_info(sock)
+            if info[0] not in _MOVABLE:
+                _refuse_unless_movable(sock)
+            judged.append(info)
+        except OSError as error:
+            judged.append(_why_not(sock, error))
+        except Error as error:
+            judged.append(error)
+    found = iter(options.read_many([sock for sock, info in zip(socks, judged, strict=True) if isinstance(info, bytes)]))
+    results: list[Ici | Error] = []
+    for sock, judgement in zip(socks, judged, strict=True):
+        try:
+            results.append(_freeze(sock, judgement, next(found)) if isinstance(judgement, bytes) else judgement)
+        except Error as error:
+            results.append(error)
+    return results
+
+
+def _freeze(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> Ici:
+    try:
         sockopt.enter_repair(sock)
     except OSError as error:
         raise _why_not(sock, error) from None
@@ -84,9 +120,9 @@ def dump(sock: HasFileno) -> Ici:
 
 def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> Ici:
     """The record of a socket that is in repair mode; on return no queue is selected."""
-    state, bits, wscales, mss, rtt, rttvar, ssthresh, cwnd, notsent = _facts(info)
+    state, bits, wscales, mss, rtt, rttvar, ssthresh, cwnd, advmss, notsent = _facts(info)
     write_seq, rcv_nxt = sockopt.queue_ends(sock)
-    rmem_alloc, _, _, _, _, wmem_queued, _, _, _ = sockopt.meminfo(sock)
+    rmem_alloc, rcvbuf, wmem_queued = sockopt.meminfo(sock)
     snd_una, sent, unsent, received = write_seq, b"", b"", b""
     if wmem_queued:
         snd_una, sent, unsent = _send_queue(sock, state, notsent)
@@ -94,13 +130,14 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
         rcv_nxt, received = _receive_queue(sock)
     snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup = sockopt.window(sock)
     timestamps = ts_value = 0
-    if bits & uapi.TCPI_OPT_TIMESTAMPS:
-        timestamps = 2 if bits & uapi.TCPI_OPT_USEC_TS else 1
+    if bits & _TIMESTAMPS:
+        timestamps = 2 if bits & _USEC_TS else 1
         ts_value = sockopt.timestamp(sock)
-    snd_wscale, rcv_wscale = tcpinfo.scales(wscales) if bits & uapi.TCPI_OPT_WSCALE else (-1, -1)
-    mss_clamp = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
-    congestion = sockopt.congestion(sock)
-    found.pop("TCP_CONGESTION", None)
+    snd_wscale, rcv_wscale = tcpinfo.scales(wscales) if bits & _WSCALE else (-1, -1)
+    mss_clamp = sock.getsockopt(_TCP, _MAXSEG)
+    congestion = _name(found.pop("TCP_CONGESTION", b""))
+    if found:
+        _leave_out_what_comes_by_itself(found, cwnd, advmss, rcvbuf)
     local, remote = sock.getsockname(), sock.getpeername()
     # By position, in the order of the record's definition: by name takes ten times as long.
     return Ici(
@@ -121,10 +158,10 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
         mss,
         snd_wscale,
         rcv_wscale,
-        bits & uapi.TCPI_OPT_SACK != 0,
+        bits & _SACK != 0,
         timestamps,
         ts_value,
-        1 if bits & uapi.TCPI_OPT_ECN else 0,
+        1 if bits & _ECN else 0,
         congestion,
         cwnd,
         ssthresh,
@@ -142,6 +179,21 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
         unsent,
         received,
     )
+
+
+def _leave_out_what_comes_by_itself(found: dict[str, options.Value], cwnd: int, advmss: int, rcvbuf: int) -> None:
+    """Sizes that the kernel gives every connection when it is established (tcp_init_buffer_space): no work for them."""
+    if "SO_BUF_LOCK" in found:
+        return
+    if cwnd <= _INITIAL_CWND:
+        found.pop("SO_SNDBUF", None)
+    if "SO_RCVBUF" not in found and found.get("TCP_WINDOW_CLAMP") == max(2 * advmss, rcvbuf // 2 - advmss):
+        del found["TCP_WINDOW_CLAMP"]
+
+
+@functools.lru_cache
+def _name(value: options.Value) -> str:
+    return value.decode("ascii", "replace") if isinstance(value, bytes) else ""
 
 
 def thaw(sock: HasFileno) -> None:

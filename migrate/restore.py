@@ -33,6 +33,8 @@ from migrate.tcpstate import REBUILD, Step, TcpState, Way
 
 __all__ = ["Restored", "activate", "discard", "restore"]
 
+_PLANS = [REBUILD[TcpState(max(number, 1))] for number in range(max(TcpState) + 1)]  # by the state's number
+
 _CHUNK = 1 << 20  # bytes of a queue given to one send()
 _SMALLEST_CHUNK = 1 << 10
 _MAXSEG_LIMIT = 32767  # MAX_TCP_WINDOW in include/net/tcp.h: the most TCP_MAXSEG takes
@@ -108,28 +110,23 @@ def _silence(sock: socket.socket) -> None:
 
 
 def _rebuild(sock: Restored, ici: Ici) -> None:
-    plan = REBUILD[TcpState(ici.state)]
+    plan = _PLANS[ici.state]
     if plan.way is not Way.REPAIR:
         raise Refused(f"{ici.four_tuple} was in {TcpState(ici.state).name}: {plan.reason}")
     chosen = ici.options
     if chosen:
         sock.unset += options.apply(sock, chosen, options.Phase.BEFORE_BIND)
+    snd_una, rcv_nxt = ici.snd_una, ici.rcv_nxt - len(ici.received)
+    if plan.steps:
+        snd_una, rcv_nxt = snd_una - plan.fin_acked, rcv_nxt - plan.received_fin
     try:
-        sockopt.enter_repair(sock)
+        sockopt.begin_queues(sock, snd_una, rcv_nxt)
     except OSError as error:
         raise from_oserror("TCP_REPAIR", error) from None
-    sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
-    sockopt.set_queue_start(sock, ici.snd_una - plan.fin_acked)
-    sockopt.select_queue(sock, uapi.TCP_RECV_QUEUE)
-    sockopt.set_queue_start(sock, ici.rcv_nxt - plan.received_fin - len(ici.received))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, min(ici.mss_clamp, _MAXSEG_LIMIT))
     _connect(sock, ici)
-    if (
-        ici.congestion
-        and ici.congestion != sockopt.congestion(sock)
-        and not sockopt.set_congestion(sock, ici.congestion)
-    ):
-        sock.unset.append("TCP_CONGESTION")
+    if ici.congestion and ici.congestion != sockopt.congestion(sock):
+        _set_congestion(sock, ici.congestion)
     sockopt.set_repair_options(
         sock,
         sockopt.repair_options(ici.mss_clamp, ici.snd_wscale, ici.rcv_wscale, ici.sack, ici.timestamps > 0),
@@ -167,18 +164,18 @@ def _activate(sock: Restored, ici: Ici) -> None:
         with _room(sock, socket.SO_SNDBUF, uapi.SO_SNDBUFFORCE, len(ici.sent) + len(ici.unsent)):
             _send_unsent(sock, ici.unsent)
         if _steps_wait(ici):
-            _take_steps(sock, ici, REBUILD[TcpState(ici.state)].steps)
+            _take_steps(sock, ici, _PLANS[ici.state].steps)
     sock.record = None
 
 
 def _steps_wait(ici: Ici) -> bool:
     """Our FIN comes after what was never sent, and that can be written only outside repair mode."""
-    return bool(ici.unsent) and REBUILD[TcpState(ici.state)].sent_fin
+    return bool(ici.unsent) and _PLANS[ici.state].sent_fin
 
 
 def _take_steps(sock: socket.socket, ici: Ici, steps: tuple[Step, ...]) -> None:
     """From ESTABLISHED to the record's state, by shutdown() and by segments as the peer sent them."""
-    plan = REBUILD[TcpState(ici.state)]
+    plan = _PLANS[ici.state]
     arrived = (
         ici.rcv_nxt - plan.received_fin
     ) & 0xFFFFFFFF  # the sequence number that the peer's FIN has or would have

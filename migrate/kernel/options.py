@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from migrate.errors import from_oserror
 from migrate.kernel import netns, option_values
-from migrate.kernel.fingerprint import Fingerprint
+from migrate.kernel.fingerprint import Fingerprint, Print
 from migrate.kernel.option_table import BY_NAME, OPTIONS, Kind, Option, Phase, Value
 
 __all__ = ["Kind", "Phase", "Value", "apply", "flowinfo", "prepare", "read", "read_many"]
@@ -44,6 +44,7 @@ _PLAIN = frozenset({Kind.INT, Kind.HOPS, Kind.SIZE, Kind.CLAMP})
 _ELSEWHERE = frozenset({Kind.HOPS, Kind.DEVICE, Kind.BYTES, Kind.STICKY, Kind.FILTER})
 _CHARGED = frozenset({Kind.STICKY, Kind.FILTER})
 _SIZES = ("SO_SNDBUF", "SO_RCVBUF", "TCP_WINDOW_CLAMP")
+_ALWAYS = frozenset({"TCP_CONGESTION"})  # reported even if it is the namespace's own, which another host's may not be
 _ORDER = {option.name: place for place, option in enumerate(OPTIONS)}
 
 
@@ -91,36 +92,45 @@ class _Reader:
                 self.able = False
         return self.fingerprint is not None
 
-    def read(self, socks: Sequence[socket.socket], connected: bool) -> list[dict[str, Value]]:
-        if self.asked + len(socks) > PAYS_OFF:
-            self.prepare()
-        if time.monotonic() > self.memory.until:
-            self.memory = _Memory()
-        if self.fingerprint and connected:
-            return self.recognise(self.fingerprint, socks)
+    def read(self, sock: socket.socket, connected: bool) -> dict[str, Value]:
+        fingerprint = self.ready(1)
+        if fingerprint and connected:
+            return self.recognise(fingerprint, sock, fingerprint.take(sock.fileno()))
+        return self.ask(sock, connected)
+
+    def read_many(self, socks: Sequence[socket.socket], connected: bool) -> list[dict[str, Value]]:
+        fingerprint = self.ready(len(socks))
+        if fingerprint and connected:
+            taken = fingerprint.take_many([sock.fileno() for sock in socks])
+            return [self.recognise(fingerprint, sock, one) for sock, one in zip(socks, taken, strict=True)]
         return [self.ask(sock, connected) for sock in socks]
 
-    def recognise(self, fingerprint: Fingerprint, socks: Sequence[socket.socket]) -> list[dict[str, Value]]:
-        known, found = self.memory.known, []
-        prints = fingerprint.take([sock.fileno() for sock in socks])
-        for sock, (key, send, receive, clamp) in zip(socks, prints, strict=True):
-            like = known.get(key)
-            if like is None:
-                like = self.learn(fingerprint, sock)
-                if fingerprint.take([sock.fileno()])[0][0] == key:  # else somebody is just changing it
-                    known[key] = like
-            options = like.options.copy()
-            if send != like.send:
-                options["SO_SNDBUF"] = send
-            if receive != like.receive:
-                options["SO_RCVBUF"] = receive
-            if clamp != receive // 2:
-                options["TCP_WINDOW_CLAMP"] = clamp
-            for option, default in like.ask:
-                if (value := option_values.get(sock, option)) != default:
-                    options[option.name] = value
-            found.append(options)
-        return found
+    def ready(self, count: int) -> Fingerprint | None:
+        """Before that many sockets are read: nothing stale is known, and fingerprints are there if they pay off."""
+        if time.monotonic() > self.memory.until:
+            self.memory = _Memory()
+        if self.asked + count > PAYS_OFF:
+            self.prepare()
+        return self.fingerprint
+
+    def recognise(self, fingerprint: Fingerprint, sock: socket.socket, taken: Print) -> dict[str, Value]:
+        key, send, receive, clamp = taken
+        like = self.memory.known.get(key)
+        if like is None:
+            like = self.learn(fingerprint, sock)
+            if fingerprint.take(sock.fileno())[0] == key:  # else somebody is just changing it
+                self.memory.known[key] = like
+        options = like.options.copy()
+        if send != like.send:
+            options["SO_SNDBUF"] = send
+        if receive != like.receive:
+            options["SO_RCVBUF"] = receive
+        if clamp != receive // 2:
+            options["TCP_WINDOW_CLAMP"] = clamp
+        for option, default in like.ask:
+            if (value := option_values.get(sock, option)) != default:
+                options[option.name] = value
+        return options
 
     def learn(self, fingerprint: Fingerprint, sock: socket.socket) -> _Known:
         """Ask one socket for what its fingerprint says, and find what is to be asked of each that looks like it."""
@@ -184,19 +194,22 @@ def prepare() -> bool:
 
 
 def read(sock: socket.socket, *, connected: bool = True) -> dict[str, Value]:
-    """The options that are not as in a fresh socket, by name, in the form that `Kind` describes.
+    """The options that are not as in a fresh socket, and TCP_CONGESTION, by name, in the form that `Kind` describes.
 
     ``connected`` is False for a socket in CLOSE or LISTEN, which has a few more. Buffer sizes stand there as soon as
     autotuning moved them, with or without SO_BUF_LOCK. An eBPF filter is reported as SO_ATTACH_BPF: there is one, and
     it cannot be carried. Raises KernelError.
     """
-    return read_many((sock,), connected=connected)[0]
+    try:
+        return _reader.read(sock, connected)
+    except OSError as error:
+        raise from_oserror("reading socket options", error) from None
 
 
 def read_many(socks: Sequence[socket.socket], *, connected: bool = True) -> list[dict[str, Value]]:
     """`read` for each of many sockets, which share what is common to them."""
     try:
-        return _reader.read(socks, connected)
+        return _reader.read_many(socks, connected)
     except OSError as error:
         raise from_oserror("reading socket options", error) from None
 
@@ -209,8 +222,10 @@ def apply(sock: socket.socket, options: Mapping[str, Value], phase: Phase) -> li
     """
     if not options:
         return []
-    chosen, unknown = _schedule(tuple(options), phase)
-    left = list(unknown)
+    chosen, left = _schedule(tuple(options))[phase]
+    if not chosen:
+        return left.copy()
+    left = left.copy()
     for option in chosen:
         try:
             option_values.put(sock, option, options.get(option.name, 0))
@@ -224,8 +239,12 @@ def apply(sock: socket.socket, options: Mapping[str, Value], phase: Phase) -> li
 
 
 @functools.lru_cache(maxsize=1024)
-def _schedule(names: tuple[str, ...], phase: Phase) -> tuple[list[Option], list[str]]:
-    """What of these is set in that phase, in order, and what cannot be. Few sets of names are ever seen."""
+def _schedule(names: tuple[str, ...]) -> list[tuple[list[Option], list[str]]]:
+    """For each phase, what of these is set in it, in order, and what cannot be. Few sets of names are ever seen."""
+    return [_due(names, phase) for phase in Phase]
+
+
+def _due(names: tuple[str, ...], phase: Phase) -> tuple[list[Option], list[str]]:
     chosen, unknown = [], []
     for name in names:
         option = BY_NAME.get(name)
@@ -283,9 +302,12 @@ def _defaults(fresh: socket.socket, connected: bool) -> _Fresh:
         if connected and option.phase is Phase.UNCONNECTED:
             continue
         try:
-            default = asked.defaults[option.name] = option_values.get(fresh, option)
+            default = option_values.get(fresh, option)
         except OSError:  # this kernel has no such option
             continue
+        if option.name in _ALWAYS:
+            default = b""
+        asked.defaults[option.name] = default
         if option.kind in _PLAIN:
             asked.plain.append((option.name, option.level, option.number, default))
         elif option.kind in _CHARGED:

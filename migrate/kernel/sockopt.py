@@ -25,6 +25,7 @@ from fcntl import ioctl
 from migrate.kernel import uapi
 
 __all__ = [
+    "begin_queues",
     "congestion",
     "disconnect",
     "enter_repair",
@@ -39,7 +40,6 @@ __all__ = [
     "repair_options",
     "select_queue",
     "set_congestion",
-    "set_queue_start",
     "set_repair_options",
     "set_timestamp",
     "set_window",
@@ -52,11 +52,12 @@ __all__ = [
     "window",
 ]
 
-_TCP = socket.IPPROTO_TCP
+_TCP, _SOL = int(socket.IPPROTO_TCP), socket.SOL_SOCKET
 _TCP_INFO_BYTES = 232  # up to tcpi_snd_wnd: what Linux 5.4 fills
+_QUEUE, _SEQ = uapi.TCP_REPAIR_QUEUE, uapi.TCP_QUEUE_SEQ
 _INT = struct.Struct("=i")
 _WINDOW = struct.Struct("=5I")  # struct tcp_repair_window
-_MEMINFO = struct.Struct("=9I")  # SK_MEMINFO_*
+_meminfo = struct.Struct("=II12xI").unpack_from  # three of SK_MEMINFO_*
 _OPTION = struct.Struct("=II")  # struct tcp_repair_opt
 _FOUR = bytes(4)
 _UNSPEC = bytes(16)  # struct sockaddr, sa_family AF_UNSPEC
@@ -119,12 +120,22 @@ def signed(value: int) -> int:
 def queue_ends(sock: socket.socket) -> tuple[int, int]:
     """(write_seq, rcv_nxt): the ends of both queues, one look; on return no queue is selected."""
     get, put = sock.getsockopt, sock.setsockopt
-    put(_TCP, uapi.TCP_REPAIR_QUEUE, uapi.TCP_SEND_QUEUE)
-    write_seq = get(_TCP, uapi.TCP_QUEUE_SEQ) & 0xFFFFFFFF
-    put(_TCP, uapi.TCP_REPAIR_QUEUE, uapi.TCP_RECV_QUEUE)
-    rcv_nxt = get(_TCP, uapi.TCP_QUEUE_SEQ) & 0xFFFFFFFF
-    put(_TCP, uapi.TCP_REPAIR_QUEUE, uapi.TCP_NO_QUEUE)
+    put(_TCP, _QUEUE, 2)  # TCP_SEND_QUEUE
+    write_seq = get(_TCP, _SEQ) & 0xFFFFFFFF
+    put(_TCP, _QUEUE, 1)  # TCP_RECV_QUEUE
+    rcv_nxt = get(_TCP, _SEQ) & 0xFFFFFFFF
+    put(_TCP, _QUEUE, 0)  # TCP_NO_QUEUE
     return write_seq, rcv_nxt
+
+
+def begin_queues(sock: socket.socket, write_seq: int, rcv_nxt: int) -> None:
+    """Enter repair mode and say where both queues begin; only in CLOSE. On return the receive queue is selected."""
+    put = sock.setsockopt
+    put(_TCP, uapi.TCP_REPAIR, 1)  # TCP_REPAIR_ON
+    put(_TCP, _QUEUE, 2)  # TCP_SEND_QUEUE
+    put(_TCP, _SEQ, signed(write_seq))
+    put(_TCP, _QUEUE, 1)  # TCP_RECV_QUEUE
+    put(_TCP, _SEQ, signed(rcv_nxt))
 
 
 def queue_end(sock: socket.socket) -> int:
@@ -132,17 +143,12 @@ def queue_end(sock: socket.socket) -> int:
     return sock.getsockopt(_TCP, uapi.TCP_QUEUE_SEQ) & 0xFFFFFFFF
 
 
-def set_queue_start(sock: socket.socket, sequence: int) -> None:
-    """Where the selected queue begins; only in CLOSE."""
-    sock.setsockopt(_TCP, uapi.TCP_QUEUE_SEQ, signed(sequence))
-
-
-def meminfo(sock: socket.socket) -> tuple[int, ...]:
-    """SO_MEMINFO (sock_diag.h), bytes: (rmem_alloc, rcvbuf, wmem_alloc, sndbuf, fwd_alloc, wmem_queued, …).
+def meminfo(sock: socket.socket) -> tuple[int, int, int]:
+    """Of SO_MEMINFO (sock_diag.h): rmem_alloc, rcvbuf and wmem_queued, bytes.
 
     rmem_alloc or wmem_queued of 0 means an empty queue; more may be bookkeeping or segments out of order.
     """
-    return _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, uapi.SO_MEMINFO, 36))
+    return _meminfo(sock.getsockopt(_SOL, uapi.SO_MEMINFO, 36))
 
 
 def received_length(sock: socket.socket) -> int:
