@@ -123,7 +123,7 @@ class Fingerprint:
 
     def __init__(self, settle: Settle) -> None:
         layout = _Layout(Btf())
-        self._length, self._stride = layout.length, layout.stride
+        self._stride, self._end = layout.stride, _HEAD + layout.length  # of the first in the memory
         self._lock = threading.Lock()  # of the shared memory
         self._program = bpf.Program(_HEAD + BATCH * layout.stride, layout.code())
         try:
@@ -132,10 +132,18 @@ class Fingerprint:
             self.close()
             raise
 
-    def take(self, descriptors: Sequence[int]) -> list[Print]:
-        """One fingerprint for each of this process's descriptors of TCP sockets."""
+    def take(self, descriptor: int) -> Print:
+        """The fingerprint of a descriptor of this process, which must be a TCP socket's."""
+        memory = self._program.memory
+        with self._lock:
+            _HEADS[1].pack_into(memory, 0, 1, 0, descriptor)
+            self._program.run()
+            return memory[_HEAD + _SIZES : self._end], *_unpack_sizes(memory, _HEAD)
+
+    def take_many(self, descriptors: Sequence[int]) -> list[Print]:
+        """The same for many, at a third of the cost each."""
         taken: list[Print] = []
-        memory, length, stride = self._program.memory, self._length, self._stride
+        memory, stride, rest = self._program.memory, self._stride, self._end - _HEAD - _SIZES
         with self._lock:
             for start in range(0, len(descriptors), BATCH):
                 batch = descriptors[start : start + BATCH]
@@ -144,7 +152,7 @@ class Fingerprint:
                 self._program.run()
                 for at in range(_HEAD, _HEAD + count * stride, stride):
                     send, receive, clamp = _unpack_sizes(memory, at)
-                    taken.append((memory[at + _SIZES : at + length], send, receive, clamp))
+                    taken.append((memory[at + _SIZES : at + _SIZES + rest], send, receive, clamp))
         return taken
 
     def close(self) -> None:
@@ -159,7 +167,7 @@ def _unproven(fingerprint: Fingerprint, located: Set[str], settle: Settle) -> It
         with socket.socket(family) as sock:
             for option in options:
                 settle(sock, option)
-            (taken,) = fingerprint.take([sock.fileno()])
+            taken = fingerprint.take(sock.fileno())
             if taken[1:] != tuple(sock.getsockopt(level, number) for level, number in _SIZE_OPTIONS):
                 raise ValueError("the kernel keeps its buffer sizes elsewhere")
             return taken

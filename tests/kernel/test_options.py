@@ -158,6 +158,21 @@ def test_an_option_of_a_connection_moves(option: Option, family: str, connected:
         assert options.read(again) == found
 
 
+@pytest.mark.parametrize(("option", "family"), walk(connected=True))
+def test_values_of_an_option_are_told_apart(
+    option: Option, family: str, connected: Any, prepared: options._Reader
+) -> None:
+    if not isinstance(option.sample, int) or option.kind is Kind.LABEL or family == "mapped":
+        return
+    sock, _ = connected(family)
+    settle(sock, option)
+    for value in (option.sample, option.sample + 1, option.sample + 4, option.sample << 8):
+        with contextlib.suppress(OSError, TypeError):  # more than it may be
+            option_values.put(sock, option, value)
+        now = option_values.get(sock, option)
+        assert prepared.read(sock, True).get(option.name, now) == now
+
+
 @pytest.mark.parametrize(("option", "family"), walk(connected=False))
 def test_an_option_of_a_listening_socket_moves(option: Option, family: str, here: Host) -> None:
     kind = socket.AF_INET if family == "4" else socket.AF_INET6
@@ -189,6 +204,7 @@ def test_all_options_at_once(family: str, connected: Any, way: options._Reader) 
     with rebuilt(sock, found) as (again, left):
         assert left == []
         assert options.read(again) == found
+    option_values.put(sock, BY_NAME["SO_LINGER"], 0)  # its last segments have nowhere to go
 
 
 @pytest.mark.parametrize("family", ADDRESSES)
@@ -217,6 +233,38 @@ def test_what_traffic_changes_by_itself(family: str, connected: Any, way: option
             assert options.read(again) == found | even
 
 
+def test_lingering_that_was_turned_off_is_not_set(connected: Any, way: options._Reader) -> None:
+    sock, _ = connected("4")
+    before = options.read(sock)
+    for seconds, expected in ((0, 0), (5, 5), (-1, None)):
+        option_values.put(sock, BY_NAME["SO_LINGER"], seconds)
+        assert options.read(sock).get("SO_LINGER") == expected
+    assert options.read(sock) == before
+
+
+@pytest.mark.parametrize("family", ADDRESSES)
+def test_congestion_notification_is_no_type_of_service(
+    family: str, here: Host, connected: Any, way: options._Reader
+) -> None:
+    usual = here.sysctl("net.ipv4.tcp_ecn")
+    here.sysctl("net.ipv4.tcp_ecn", 1)
+    try:
+        client, server = connected(family)
+        client.sendall(b"marked as capable")
+        server.recv(100)
+        row = BY_NAME["IP_TOS" if family != "6" else "IPV6_TCLASS"]
+        assert client.getsockopt(row.level, row.number) & 3  # what the kernel made of it by itself
+        assert set(options.read(client)) <= {"SO_SNDBUF"}
+        option_values.put(client, row, 0x40)
+        found = options.read(client)
+        assert found[row.name] == 0x40
+        with rebuilt(client, found) as (again, left):
+            assert left == []
+            assert options.read(again) == found
+    finally:
+        here.sysctl("net.ipv4.tcp_ecn", usual)
+
+
 def test_both_ways_agree_on_sockets_of_all_kinds(connected: Any, prepared: options._Reader) -> None:
     socks = [sock for family in ADDRESSES for _ in range(20) for sock in connected(family)]
     for place, sock in enumerate(socks):
@@ -225,17 +273,17 @@ def test_both_ways_agree_on_sockets_of_all_kinds(connected: Any, prepared: optio
                 option_values.put(sock, option, option.sample)
     long = options._Reader()
     long.able = False
-    assert prepared.read(socks, True) == long.read(socks, True)
-    assert prepared.read(socks[::-1], True) == long.read(socks[::-1], True)
+    assert prepared.read_many(socks, True) == long.read_many(socks, True)
+    assert prepared.read_many(socks[::-1], True) == long.read_many(socks[::-1], True)
 
 
 def test_one_socket_is_asked_for_all_that_are_like_it(connected: Any, prepared: options._Reader) -> None:
     socks = [connected("4")[1] for _ in range(40)]
     prepared.memory.until, before = 0.0, prepared.asked
-    assert prepared.read(socks, True) == [options.read(socks[0])] * 40
+    assert prepared.read_many(socks, True) == [options.read(socks[0])] * 40
     assert prepared.asked == before + 1
     socks[7].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    found = prepared.read(socks, True)
+    found = prepared.read_many(socks, True)
     assert [place for place, one in enumerate(found) if one.get("TCP_NODELAY")] == [7]
     assert prepared.asked == before + 2
 
@@ -257,6 +305,23 @@ def answered() -> set[str]:
     return names
 
 
+def test_a_socket_that_changes_while_it_is_asked_teaches_nothing(
+    connected: Any, prepared: options._Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changing, like = connected("4")[1], connected("4")[1]
+    ask = prepared.ask
+
+    def changed(sock: socket.socket, connected: bool) -> dict[str, options.Value]:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return ask(sock, connected)
+
+    prepared.memory.until = 0.0
+    monkeypatch.setattr(prepared, "ask", changed)
+    assert prepared.read(changing, True)["TCP_NODELAY"] == 1
+    monkeypatch.undo()
+    assert "TCP_NODELAY" not in prepared.read(like, True)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"sock.no_such_field": "SO_MARK"}, {"sock.sk_uid": "SO_MARK"}, {}],
@@ -270,21 +335,32 @@ def test_an_option_that_shows_in_no_fingerprint_is_asked_for(
     reader = options._Reader()
     assert reader.prepare() and reader.fingerprint
     assert reader.fingerprint.unproven >= {"SO_MARK"}
-    marked, plain = connected("4")
+    marked, plain = connected("4")[1], connected("4")[1]
     marked.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 7)
     try:
-        assert [found.get("SO_MARK") for found in reader.read([marked, plain, marked], True)] == [7, None, 7]
+        assert [found.get("SO_MARK") for found in reader.read_many([marked, plain, marked], True)] == [7, None, 7]
     finally:
         reader.forget()
 
 
-def test_fields_that_are_no_options_are_noticed(
-    here: Host, prepared: options._Reader, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("table", "wrong"),
+    [
+        ("FIELDS", fingerprint.FIELDS | {"sock.sk_ino": ""}),  # differs from socket to socket
+        ("SIZE_FIELDS", ("sock.sk_rcvbuf", "sock.sk_sndbuf", "tcp_sock.window_clamp")),
+        ("SIZE_FIELDS", ("sock.sk_sndbuf", "sock.sk_rcvbuf", "sock.no_such_field")),
+        ("PATH", ("task_struct.mm", *fingerprint.PATH[1:])),
+    ],
+)
+def test_fields_that_are_not_what_they_should_be_are_noticed(
+    table: str, wrong: Any, here: Host, prepared: options._Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, "FIELDS", fingerprint.FIELDS | {"sock.sk_ino": ""})
+    monkeypatch.setattr(fingerprint, table, wrong)
     reader = options._Reader()
     assert not reader.prepare()
     assert reader.fingerprint is None
+    with socket.socket() as sock:
+        assert options.read(sock, connected=False) == {}
 
 
 def test_what_lies_outside_of_the_socket_is_asked_of_each(
@@ -294,9 +370,9 @@ def test_what_lies_outside_of_the_socket_is_asked_of_each(
     first, second = connected("4")
     for sock in (first, second):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"before0")
-    assert prepared.read([first], True)[0]["SO_BINDTODEVICE"] == b"before0"
+    assert prepared.read(first, True)["SO_BINDTODEVICE"] == b"before0"
     here.run(["ip", "link", "set", "before0", "name", "after0"])
-    assert [found["SO_BINDTODEVICE"] for found in prepared.read([first, second], True)] == [b"after0", b"after0"]
+    assert [found["SO_BINDTODEVICE"] for found in prepared.read_many([first, second], True)] == [b"after0", b"after0"]
 
 
 def test_a_socket_of_another_namespace_is_compared_with_one_of_there(
@@ -304,9 +380,10 @@ def test_a_socket_of_another_namespace_is_compared_with_one_of_there(
 ) -> None:
     host = lan("there").host("there")
     host.sysctl("net.ipv4.tcp_keepalive_time", 100)
-    with host.entered(), socket.create_server(("127.0.0.1", 0)) as listener:
+    with host.entered():
+        listener = socket.create_server(("127.0.0.1", 0))
         sock = socket.create_connection(listener.getsockname())
-    with sock:
+    with listener, sock:
         assert set(options.read(sock)) <= {"SO_SNDBUF"}
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 7200)  # what is usual here
         assert options.read(sock)["TCP_KEEPIDLE"] == 7200
@@ -443,7 +520,9 @@ def test_what_only_the_user_knows_can_be_set(here: Host) -> None:
             pytest.skip("this kernel has no SO_BUSY_POLL_BUDGET, or not for this process")
 
 
-def test_threads_do_not_mix_their_answers(connected: Any, prepared: options._Reader) -> None:
+def test_threads_do_not_mix_their_answers(
+    connected: Any, prepared: options._Reader, request: pytest.FixtureRequest
+) -> None:
     kinds = {mark: [connected("4")[0] for _ in range(10)] for mark in range(1, 5)}
     for mark, socks in kinds.items():
         for sock in socks:
@@ -452,10 +531,13 @@ def test_threads_do_not_mix_their_answers(connected: Any, prepared: options._Rea
 
     def look(mark: int, socks: list[socket.socket]) -> None:
         for _ in range(200):
-            found = {one["SO_MARK"] for one in prepared.read(socks, True)}
+            found = {one["SO_MARK"] for one in prepared.read_many(socks, True)}
             if found != {mark}:
                 wrong.append(found)
 
+    interval = sys.getswitchinterval()
+    request.addfinalizer(lambda: sys.setswitchinterval(interval))
+    sys.setswitchinterval(1e-6)
     threads = [threading.Thread(target=look, args=kind) for kind in kinds.items()]
     for thread in threads:
         thread.start()
@@ -491,9 +573,9 @@ def test_fingerprints_come_once_they_pay_off(
     monkeypatch.setattr(options, "PAYS_OFF", 5)
     reader = options._Reader()
     for _ in range(5):
-        reader.read([sock], True)
+        reader.read(sock, True)
         assert reader.fingerprint is None
-    reader.read([sock], True)
+    reader.read(sock, True)
     assert reader.fingerprint is not None
     reader.forget()
 
