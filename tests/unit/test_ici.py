@@ -268,6 +268,14 @@ def test_queues_are_read_as_views() -> None:
     assert isinstance(record.received, memoryview) and record.received.obj is data
 
 
+@pytest.mark.parametrize(
+    "empty", [memoryview(b""), bytearray(), bytes(memoryview(b""))], ids=["view", "array", "bytes"]
+)
+@pytest.mark.parametrize("name", QUEUES)
+def test_an_empty_queue_of_any_kind_leaves_no_trace(name: str, empty: memoryview | bytearray | bytes) -> None:
+    assert idle(**{name: empty}).encode() == idle().encode()
+
+
 def test_a_queue_of_wider_items_counts_bytes() -> None:
     record = idle(sent=memoryview(bytes(range(8))).cast("I"))
     assert Ici.decode(record.encode()).sent == bytes(range(8))
