@@ -135,7 +135,7 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
         ts_value = sockopt.timestamp(sock)
     snd_wscale, rcv_wscale = tcpinfo.scales(wscales) if bits & _WSCALE else (-1, -1)
     mss_clamp = sock.getsockopt(_TCP, _MAXSEG)
-    congestion = _name(found.pop("TCP_CONGESTION", b""))
+    congestion = sockopt.congestion(sock)
     if found:
         _leave_out_what_comes_by_itself(found, cwnd, advmss, rcvbuf)
     local, remote = sock.getsockname(), sock.getpeername()
@@ -182,18 +182,14 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
 
 
 def _leave_out_what_comes_by_itself(found: dict[str, options.Value], cwnd: int, advmss: int, rcvbuf: int) -> None:
-    """Sizes that the kernel gives every connection when it is established (tcp_init_buffer_space): no work for them."""
+    """What has a field of its own, and sizes that every established connection gets (tcp_init_buffer_space)."""
+    found.pop("TCP_CONGESTION", None)
     if "SO_BUF_LOCK" in found:
         return
     if cwnd <= _INITIAL_CWND:
         found.pop("SO_SNDBUF", None)
     if "SO_RCVBUF" not in found and found.get("TCP_WINDOW_CLAMP") == max(2 * advmss, rcvbuf // 2 - advmss):
         del found["TCP_WINDOW_CLAMP"]
-
-
-@functools.lru_cache
-def _name(value: options.Value) -> str:
-    return value.decode("ascii", "replace") if isinstance(value, bytes) else ""
 
 
 def thaw(sock: HasFileno) -> None:

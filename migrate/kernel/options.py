@@ -44,7 +44,6 @@ _PLAIN = frozenset({Kind.INT, Kind.HOPS, Kind.SIZE, Kind.CLAMP})
 _ELSEWHERE = frozenset({Kind.HOPS, Kind.DEVICE, Kind.BYTES, Kind.STICKY, Kind.FILTER})
 _CHARGED = frozenset({Kind.STICKY, Kind.FILTER})
 _SIZES = ("SO_SNDBUF", "SO_RCVBUF", "TCP_WINDOW_CLAMP")
-_ALWAYS = frozenset({"TCP_CONGESTION"})  # reported even if it is the namespace's own, which another host's may not be
 _ORDER = {option.name: place for place, option in enumerate(OPTIONS)}
 
 
@@ -194,7 +193,7 @@ def prepare() -> bool:
 
 
 def read(sock: socket.socket, *, connected: bool = True) -> dict[str, Value]:
-    """The options that are not as in a fresh socket, and TCP_CONGESTION, by name, in the form that `Kind` describes.
+    """The options that are not as in a fresh socket, by name, in the form that `Kind` describes.
 
     ``connected`` is False for a socket in CLOSE or LISTEN, which has a few more. Buffer sizes stand there as soon as
     autotuning moved them, with or without SO_BUF_LOCK. An eBPF filter is reported as SO_ATTACH_BPF: there is one, and
@@ -302,12 +301,9 @@ def _defaults(fresh: socket.socket, connected: bool) -> _Fresh:
         if connected and option.phase is Phase.UNCONNECTED:
             continue
         try:
-            default = option_values.get(fresh, option)
+            default = asked.defaults[option.name] = option_values.get(fresh, option)
         except OSError:  # this kernel has no such option
             continue
-        if option.name in _ALWAYS:
-            default = b""
-        asked.defaults[option.name] = default
         if option.kind in _PLAIN:
             asked.plain.append((option.name, option.level, option.number, default))
         elif option.kind in _CHARGED:

@@ -44,6 +44,7 @@ _CHECKSUM = 16  # its offset in the TCP header
 _AT_ONCE = 4096  # bytes summed as one number: larger ones cost more per byte
 
 _TRUSTED = 0.05  # seconds for which an address that was found to be of this host is taken to stay
+_READY = 0.2  # seconds until a new IPv6 address is ready to be used
 
 SIOCGIFFLAGS, SIOCGIFMTU, IFF_UP = 0x8913, 0x8921, 1  # include/uapi/linux/sockios.h and if.h
 NETLINK_ROUTE, NLMSG_ERROR, NLM_F_REQUEST = 0, 2, 1  # include/uapi/linux/netlink.h
@@ -242,13 +243,20 @@ class Injector:
         body = _RTMSG.pack(family, 8 * len(address), 0)
         body += _ATTRIBUTE.pack(4 + len(address), RTA_DST) + address + _ATTRIBUTE.pack(8, RTA_MARK)
         body += self._mark.to_bytes(4, sys.byteorder)
-        self._routes.send(_NLMSG.pack(_NLMSG.size + len(body), RTM_GETROUTE, NLM_F_REQUEST, 0, 0) + body)
-        answer = self._routes.recv(4096)
-        kind = _NLMSG.unpack_from(answer)[1]
-        if kind == NLMSG_ERROR or _RTMSG.unpack_from(answer, _NLMSG.size)[2] != RTN_LOCAL:
-            shown = socket.inet_ntop(family, address)
-            raise HostError(f"{shown} is no address of this host", hint="a segment can be injected once it is")
+        request = _NLMSG.pack(_NLMSG.size + len(body), RTM_GETROUTE, NLM_F_REQUEST, 0, 0) + body
+        while not self._routed_here(request):
+            # The kernel finishes a new IPv6 address a moment after it was added, also without duplicate detection.
+            if family == socket.AF_INET or time.monotonic() - now > _READY:
+                shown = socket.inet_ntop(family, address)
+                raise HostError(f"{shown} is no address of this host", hint="a segment can be injected once it is")
+            time.sleep(0.001)
         self._found_local[address] = now
+
+    def _routed_here(self, request: bytes) -> bool:
+        self._routes.send(request)
+        answer = self._routes.recv(4096)
+        kind: int = _NLMSG.unpack_from(answer)[1]
+        return kind != NLMSG_ERROR and _RTMSG.unpack_from(answer, _NLMSG.size)[2] == RTN_LOCAL
 
     def _loopback(self, request: int, layout: struct.Struct) -> int:
         value: int = layout.unpack(fcntl.ioctl(self._routes, request, layout.pack(b"lo", 0)))[1]
