@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from migrate.cli.output import Output
 from migrate.demo.scene import Result, percentile, play
 from migrate.demo.timeline import draw
-from migrate.errors import HostError, UsageError
+from migrate.errors import HostError, UsageError, from_oserror
 
 __all__ = ["add_arguments", "run"]
 
@@ -42,17 +43,22 @@ def _count(text: str) -> int:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Play it; 0 if nothing was lost, nothing was wrong, and no RST was seen."""
     picture = Path(arguments.svg)
-    if not os.access(picture if picture.exists() else picture.absolute().parent, os.W_OK):
+    if picture.is_dir() or not os.access(picture if picture.exists() else picture.absolute().parent, os.W_OK):
         raise UsageError(f"{arguments.svg!r} cannot be written", hint="--svg FILE")
     if os.geteuid() != 0:
         _become_root(arguments, output)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that all is taken down as after Ctrl-C
     with _progress(arguments.connections, output) as progress:
         result = play(arguments.connections, output.say, progress)
-    picture.write_text(draw(result), encoding="utf-8")
+    try:
+        picture.write_text(draw(result), encoding="utf-8")
+    except OSError as error:
+        raise from_oserror(f"writing {arguments.svg!r}", error, hint="--svg FILE") from None
     if arguments.json:
         output.data("", _record(result, picture))
     else:
-        output.table(["", ""], _table(result, picture))
+        first, *others = _table(result, picture)
+        output.table(first, others)
     for failure in result.failures[:10]:
         output.warn(failure)
     return 0 if result.good else 1
@@ -128,9 +134,9 @@ def _spread(values: list[float]) -> str:
 def _table(result: Result, picture: Path) -> list[list[str]]:
     rate = result.moved / result.duration
     return [
-        ["moved", f"{result.moved} of {result.connections}"],
+        ["moved", f"{result.moved:,} of {result.connections:,}"],
         ["lost", str(result.lost)],
-        ["bytes verified", f"{result.bytes_verified:,} in {result.answers:,} answers (both ways, SHA-256)"],
+        ["bytes verified", f"{result.bytes_verified:,} in {result.answers:,} answers, both ways"],
         ["RSTs on the wire", str(result.resets)],
         ["retransmissions", str(result.retransmissions)],
         ["blackout (peers)", _spread(result.blackout)],

@@ -6,6 +6,7 @@ So nothing is left behind, whatever ends this process, and an ordinary user in a
 from __future__ import annotations
 
 import ctypes
+import shutil
 import socket
 import struct
 import subprocess
@@ -17,7 +18,7 @@ from typing import NamedTuple, Self
 from migrate.errors import HostError
 from migrate.kernel import netns
 
-__all__ = ["ADDRESS", "DEVICE", "Host", "Network", "ResetCounter"]
+__all__ = ["ADDRESS", "DEVICE", "Host", "Network", "ResetCounter", "program"]
 
 ADDRESS = "10.0.0.100"  # floats
 DEVICE = "eth0"  # in every host
@@ -52,6 +53,14 @@ _RST_FILTER = (
 )
 
 
+def program(name: str, package: str) -> str:
+    """Where a program is. Raises HostError with the Debian package that has it."""
+    found = shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
+    if found is None:
+        raise HostError(f"the demo needs {name}, which is not installed", hint=f"as root: apt-get install {package}")
+    return found
+
+
 class Host(NamedTuple):
     """One network namespace with a device on the bridge; ``netns`` is its name for `migrate.kernel.netns`."""
 
@@ -68,7 +77,11 @@ class Host(NamedTuple):
         """Run lines of an ``ip -batch`` here. Raises HostError with iproute2's words."""
         with netns.entered(self.netns):
             done = subprocess.run(
-                ["ip", "-batch", "-"], input="\n".join(lines), text=True, capture_output=True, check=False
+                [program("ip", "iproute2"), "-batch", "-"],
+                input="\n".join(lines),
+                text=True,
+                capture_output=True,
+                check=False,
             )
         if done.returncode:
             raise HostError(f"building the demo's network: {done.stderr.strip()}", hint="tcpmig check")
@@ -163,7 +176,7 @@ class ResetCounter:
 
 def _host(opened: ExitStack, name: str, address: str) -> Host:
     # Ends with its standard input, so at the latest with us.
-    command = ["unshare", "--net", "sh", "-c", "echo; exec cat"]
+    command = [program("unshare", "util-linux"), "--net", "sh", "-c", "echo; exec cat"]
     holder = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0
     )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from migrate.adopt.relay import relay
 from migrate.demo.network import Host
+from migrate.errors import HostError
 
 __all__ = ["MOST", "Owner"]
 
@@ -26,7 +27,8 @@ class Owner:
         with theirs:
             command = [sys.executable, "-m", "migrate.demo.owner", str(port)]
             self._process = host.start(command, stdin=theirs.fileno())
-        self._channel.recv(1)  # it runs
+        if not self._channel.recv(1):
+            raise HostError("the demo's relay does not start")
 
     def give(self, sockets: Sequence[socket.socket]) -> None:
         """These active connections are its own from now on; at most `MOST`. The caller closes its descriptors."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
 import resource
 import tempfile
 import time
@@ -15,16 +17,17 @@ import msgspec
 
 from migrate.demo import web
 from migrate.demo.move import Freeze, Migration
-from migrate.demo.network import ADDRESS, Network, ResetCounter
+from migrate.demo.network import ADDRESS, Network, ResetCounter, program
 from migrate.demo.owner import Owner
 from migrate.demo.traffic import Plan, Report, Traffic
 from migrate.errors import HostError
 
-__all__ = ["Result", "Row", "percentile", "play"]
+__all__ = ["Result", "Row", "blackouts", "percentile", "play"]
 
 _RATE = 1000  # requests a second by all connections together
 _SHORTEST = 0.25  # seconds between a connection's requests: long enough for a quiet point
-_BEFORE, _AFTER = 2.5, 1.0  # seconds of traffic; by the first the gaps during the move are measured
+_BEFORE, _AFTER = 1.5, 1.0  # seconds of traffic, beyond what it takes for two answers and for one
+_NICE = -10
 _SPARE = 256  # descriptors for all else
 
 
@@ -63,7 +66,10 @@ def play(connections: int, say: Callable[[str], None], progress: Callable[[int],
     ``say`` is told what happens, ``progress`` how many connections have moved. Raises HostError where this machine
     cannot do it.
     """
-    web.nginx_program()
+    program("nginx", "nginx")
+    with contextlib.suppress(PermissionError):
+        # All hosts share this machine. Whatever else it does would show as blackout.
+        os.setpriority(os.PRIO_PROCESS, 0, _NICE)
     descriptors = _allow_descriptors(2 * connections + _SPARE)
     interval = max(_SHORTEST, connections / _RATE)
     with ExitStack() as opened:
@@ -82,7 +88,7 @@ def play(connections: int, say: Callable[[str], None], progress: Callable[[int],
         opened.callback(traffic.close)
         ready = time.monotonic()
         migration = opened.enter_context(Migration(network, owner, connections))
-        time.sleep(max(0.0, ready + interval + _BEFORE - time.monotonic()))
+        time.sleep(max(0.0, ready + 2 * interval + _BEFORE - time.monotonic()))
         sent_again = -_retransmissions(network)
         say("moving them to B, one small batch after the other, while the traffic goes on")
         begin = time.monotonic()
@@ -91,6 +97,7 @@ def play(connections: int, say: Callable[[str], None], progress: Callable[[int],
         time.sleep(interval + _AFTER)
         sent_again += _retransmissions(network)
         report = traffic.end()
+        over = time.monotonic()
         frozen = {key.remote_port: freeze for key, freeze in migration.frozen.items()}
         by_client = [frozen.get(port) for port in traffic.ready.ports]
         reasons = {str(key): why for key, why in migration.failed.items()}
@@ -103,7 +110,7 @@ def play(connections: int, say: Callable[[str], None], progress: Callable[[int],
             bytes_verified=report.sent + report.received,
             resets=resets.count(),
             retransmissions=sent_again,
-            blackout=_blackouts(report, begin, end),
+            blackout=blackouts(report.arrivals, begin, end, over),
             freeze=sorted(freeze.end - freeze.begin for freeze in frozen.values()),
             duration=end - begin,
             failures=[f"{who}: {why}" for who, why in reasons.items()],
@@ -116,18 +123,21 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return values[max(0, math.ceil(len(values) * percent / 100) - 1)] if values else 0.0
 
 
-def _blackouts(report: Report, begin: float, end: float) -> list[float]:
-    """By connection the longest gap in what arrived during the move, less the longest one before, sorted."""
-    blackouts = []
-    for arrivals in report.arrivals:
+def blackouts(arrivals: Sequence[Sequence[float]], begin: float, end: float, over: float) -> list[float]:
+    """By connection the longest gap in what arrived during the move, less the longest one before; sorted, in seconds.
+
+    The move was from ``begin`` to ``end``. Who heard nothing more had a gap until ``over``.
+    """
+    found = []
+    for times in arrivals:
         before = during = 0.0
-        for last, now in itertools.pairwise(arrivals):
+        for last, now in itertools.pairwise([*times, over]):
             if now <= begin:
                 before = max(before, now - last)
             elif last <= end:
                 during = max(during, now - last)
-        blackouts.append(max(0.0, during - before))
-    return sorted(blackouts)
+        found.append(max(0.0, during - before))
+    return sorted(found)
 
 
 def _rows(report: Report, frozen: Sequence[Freeze | None], begin: float) -> list[Row]:

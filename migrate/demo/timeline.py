@@ -12,8 +12,8 @@ __all__ = ["draw", "ticks"]
 
 _WIDTH, _HEIGHT = 1240, 780
 _LEFT, _RIGHT = 76, 850  # of the time axis
-_FLOW_TOP, _FLOW_BOTTOM = 116, 236
-_ROWS_TOP, _ROWS_BOTTOM = 286, 700
+_FLOW_TOP, _FLOW_BOTTOM = 130, 240
+_ROWS_TOP, _ROWS_BOTTOM = 290, 700
 _SIDE, _SIDE_BARS, _SIDE_RIGHT = 900, 990, 1150  # the histogram: labels, bars
 _MOST_ROWS = 60
 _MARGIN = 0.5  # seconds before the first freeze and after the last

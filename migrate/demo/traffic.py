@@ -20,6 +20,7 @@ from functools import partial
 import msgspec
 
 from migrate.demo.network import Host
+from migrate.errors import HostError
 
 __all__ = ["Answer", "Plan", "Ready", "Report", "Traffic"]
 
@@ -86,7 +87,10 @@ class Traffic:
 
     def _hear(self) -> bytes:
         assert self._process.stdout is not None
-        return self._process.stdout.readline()
+        line = self._process.stdout.readline()
+        if not line:
+            raise HostError("the demo's clients ended before their time")
+        return line
 
 
 class _Client(asyncio.Protocol):

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-import shutil
 import socket
 import subprocess
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from migrate.demo.network import ADDRESS, Host
+from migrate.demo.network import ADDRESS, Host, program
 from migrate.errors import HostError
 from migrate.kernel import netns
 
-__all__ = ["PORT", "make_files", "nginx_program", "serve"]
+__all__ = ["PORT", "make_files", "serve"]
 
 PORT = 80
 _FILES, _LARGEST = 64, 65536  # bytes
@@ -50,14 +49,6 @@ http {{
 """
 
 
-def nginx_program() -> str:
-    """Where nginx is. Raises HostError."""
-    found = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-    if found is None:
-        raise HostError("the demo's web server, nginx, is not installed", hint="as root: apt-get install nginx")
-    return found
-
-
 def make_files(directory: Path) -> dict[str, str]:
     """Files of random bytes, most of them small: name and SHA-256 (hexadecimal) of each."""
     directory.mkdir()
@@ -69,27 +60,25 @@ def make_files(directory: Path) -> dict[str, str]:
     return digests
 
 
-def serve(host: Host, files: Path, directory: Path, descriptors: int, opened: ExitStack) -> int:
-    """Start nginx on a host, to run until ``opened`` ends, and wait until it listens; its process id.
+def serve(host: Host, files: Path, directory: Path, descriptors: int, opened: ExitStack) -> None:
+    """Start nginx on a host, to run until ``opened`` ends, and wait until it listens.
 
     ``descriptors`` is how many files and connections it may have open. Raises HostError with nginx's words.
     """
     directory.mkdir()
     text = _CONFIGURATION.format(descriptors=descriptors, port=PORT, root=files, host=host.name)
     (directory / "nginx.conf").write_text(text)
-    command: list[str | Path] = [nginx_program(), "-p", directory, "-c", "nginx.conf", "-e", "error.log"]
     # nginx would outlive us if we were killed.
+    guarded = [program("setpriv", "util-linux"), "--pdeathsig", "TERM", "--", program("nginx", "nginx")]
+    command = [*guarded, "-p", str(directory), "-c", "nginx.conf", "-e", "error.log"]
     with (directory / "output").open("wb") as output:
-        process = host.start(
-            ["setpriv", "--pdeathsig", "TERM", *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+        process = host.start(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     opened.callback(_stop, process)
     limit = time.monotonic() + _READY
     while not _answers(host):
         if process.poll() is not None or time.monotonic() > limit:
             raise HostError(f"nginx does not start: {(directory / 'output').read_text(errors='replace').strip()}")
         time.sleep(0.005)
-    return process.pid
 
 
 def _answers(host: Host) -> bool:
