@@ -253,6 +253,8 @@ def _due(names: tuple[str, ...], phase: Phase) -> tuple[list[Option], list[str]]
             unknown.append(name)
     if any(option.kind is Kind.SIZE for option in chosen) and "SO_BUF_LOCK" not in names:
         chosen.append(BY_NAME["SO_BUF_LOCK"])  # setting a size locks it: its value is 0
+    if BY_NAME["IP_TOS"] in chosen and "SO_PRIORITY" not in names:
+        chosen.append(BY_NAME["SO_PRIORITY"])  # setting IP_TOS sets it, but an accepted socket begins with 0
     return sorted(chosen, key=_place), unknown
 
 
