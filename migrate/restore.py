@@ -21,7 +21,6 @@ import errno
 import functools
 import socket
 import time
-from collections.abc import Iterator
 
 from migrate.checkpoint import HasFileno
 from migrate.errors import Conflict, Error, HostError, Refused, from_oserror
@@ -39,6 +38,7 @@ _CHUNK = 1 << 20  # bytes of a queue given to one send()
 _SMALLEST_CHUNK = 1 << 10
 _MAXSEG_LIMIT = 32767  # MAX_TCP_WINDOW in include/net/tcp.h: the most TCP_MAXSEG takes
 _TRUESIZE = 4  # a queued byte's share of SO_SNDBUF and SO_RCVBUF at worst: headers and half-filled pages
+_SEND, _RECEIVE = (socket.SO_SNDBUF, uapi.SO_SNDBUFFORCE), (socket.SO_RCVBUF, uapi.SO_RCVBUFFORCE)
 _INJECTION = 0.5  # seconds for an injected segment to arrive
 
 
@@ -134,19 +134,21 @@ def _rebuild(sock: Restored, ici: Ici) -> None:
     if ici.timestamps:
         sockopt.set_timestamp(sock, ici.ts_value & ~1 | (ici.timestamps == 2))
     if ici.received:
-        with _room(sock, socket.SO_RCVBUF, uapi.SO_RCVBUFFORCE, len(ici.received)):
-            _fill(sock, ici.received)  # the receive queue is still selected
+        _fill(sock, ici.received, _RECEIVE)  # that queue is still selected
     if ici.sent:
         sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
-        with _room(sock, socket.SO_SNDBUF, uapi.SO_SNDBUFFORCE, len(ici.sent)):
-            _fill(sock, ici.sent)
-    if plan.steps and not _steps_wait(ici):
-        _take_steps(sock, ici, plan.steps)
+        _fill(sock, ici.sent, _SEND)
+    rcv_wnd, rcv_wup = ici.rcv_wnd, ici.rcv_wup
+    if plan.steps:
+        if not _steps_wait(ici):
+            _take_steps(sock, ici, plan.steps)
+        elif plan.received_fin and rcv_wup == ici.rcv_nxt:
+            rcv_wnd, rcv_wup = rcv_wnd + 1, rcv_wup - 1 & 0xFFFFFFFF  # the peer's FIN is not in yet
     sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
     if chosen:
         sock.unset += options.apply(sock, chosen, options.Phase.IN_REPAIR)
     # Last, because an injected segment changes the windows.
-    sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup))
+    sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, rcv_wnd, rcv_wup))
 
 
 def _set_congestion(sock: Restored, name: str) -> None:
@@ -161,8 +163,7 @@ def _activate(sock: Restored, ici: Ici) -> None:
     if ici.options:
         sock.unset += options.apply(sock, ici.options, options.Phase.AFTER_REPAIR)
     if ici.unsent:
-        with _room(sock, socket.SO_SNDBUF, uapi.SO_SNDBUFFORCE, len(ici.sent) + len(ici.unsent)):
-            _send_unsent(sock, ici.unsent)
+        _fill(sock, ici.unsent, _SEND, before=len(ici.sent))
         if _steps_wait(ici):
             _take_steps(sock, ici, _PLANS[ici.state].steps)
     sock.record = None
@@ -263,48 +264,40 @@ def _connect_error(ici: Ici, error: OSError) -> Error:
     return from_oserror(f"connecting {ici.four_tuple}", error)
 
 
-@contextlib.contextmanager
-def _room(sock: socket.socket, option: int, force: int, length: int) -> Iterator[None]:
-    """A buffer that takes a queue of ``length`` bytes; afterwards it has its size again, and autotuning its way.
+def _fill(sock: socket.socket, data: bytes | memoryview, buffer: tuple[int, int], *, before: int = 0) -> None:
+    """Write a queue behind the ``before`` bytes that are in its buffer; then the buffer has its size again.
 
-    It is made larger only after connect(), which computes windows from it.
+    It is made larger only after connect(), which computes windows from it, and left for autotuning to change.
+    Memory may be short for large pieces: they are halved, down to a kilobyte, then the buffer is doubled.
     """
-    size, needed = sock.getsockopt(socket.SOL_SOCKET, option), length * _TRUESIZE
-    if size >= needed:
-        yield
-        return
+    size = room = sock.getsockopt(socket.SOL_SOCKET, buffer[0])
     lock = sock.getsockopt(socket.SOL_SOCKET, uapi.SO_BUF_LOCK)
-    _set_size(sock, option, force, needed)
-    yield
-    _set_size(sock, option, force, size)
-    sock.setsockopt(socket.SOL_SOCKET, uapi.SO_BUF_LOCK, lock)
-
-
-def _set_size(sock: socket.socket, option: int, force: int, size: int) -> None:
-    half = min(size // 2, 0x3FFFFFFF)  # the kernel doubles what it is told
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, force, half)
-    except PermissionError:  # in a user namespace: up to net.core.rmem_max and wmem_max, then
-        sock.setsockopt(socket.SOL_SOCKET, option, half)
-
-
-def _fill(sock: socket.socket, data: bytes | memoryview) -> None:
-    """Write a queue in repair mode. Memory may be short for large pieces: halve them, down to a kilobyte."""
+    most = _TRUESIZE * (before + len(data))
+    if room < (before + len(data)) * 5 // 4:
+        room = _set_size(sock, buffer, most // 2)
     view, chunk = memoryview(data), _CHUNK
     while view:
         try:
-            view = view[sock.send(view[:chunk], socket.MSG_DONTWAIT) :]
+            view = view[sock.send(view[:chunk], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
         except OSError as error:
-            if error.errno not in (errno.ENOMEM, errno.EAGAIN) or chunk <= _SMALLEST_CHUNK:
+            if error.errno not in (errno.ENOMEM, errno.EAGAIN) or (chunk <= _SMALLEST_CHUNK and room >= most):
                 raise
-            chunk //= 2
+            if chunk > _SMALLEST_CHUNK:
+                chunk //= 2
+            else:
+                room = _set_size(sock, buffer, room * 2)
+    if room != size:
+        _set_size(sock, buffer, size)
+        sock.setsockopt(socket.SOL_SOCKET, uapi.SO_BUF_LOCK, lock)
 
 
-def _send_unsent(sock: socket.socket, data: bytes | memoryview) -> None:
-    """The rest of the send queue, which fits into the buffer that was sized for it."""
-    view = memoryview(data)
-    while view:
-        view = view[sock.send(view, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+def _set_size(sock: socket.socket, buffer: tuple[int, int], size: int) -> int:
+    half = min(size // 2, 0x3FFFFFFF)  # the kernel doubles what it is told
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, buffer[1], half)
+    except PermissionError:  # in a user namespace: up to net.core.rmem_max and wmem_max, then
+        sock.setsockopt(socket.SOL_SOCKET, buffer[0], half)
+    return size
 
 
 def _descriptor_hint(error: OSError) -> str | None:
