@@ -1,191 +1,29 @@
-"""The record: its bytes, its document, its vectors, and how connections are spelt."""
+"""The record: written, read, refused, and never shown."""
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import io
-import json
 import os
-import re
 import threading
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from msgspec import inspect as shape
 
 import migrate.ici
-from migrate.errors import KernelError, RecordError, RecordVersionError, UsageError
-from migrate.fourtuple import unmapped
-from migrate.ici import FIELDS, FourTuple, Ici, parse_endpoint, read_records, write_records
-from migrate.tcpstate import TcpState
+from migrate.errors import KernelError, RecordError
+from migrate.ici import FIELDS, FourTuple, Ici, read_records, write_records
+from tests.vectors.ici import make
 
-ROOT = Path(__file__).parents[2]
-VECTORS = ROOT / "tests" / "vectors" / "ici"
 QUEUES = ("sent", "unsent", "received")
 
 
-def beside(name: str) -> ModuleType:
-    """reader.py or make.py of the vectors, which are no part of a package: they stand alone."""
-    spec = importlib.util.spec_from_file_location(f"vectors_{name}", VECTORS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-READER, MAKE = beside("reader"), beside("make")
-NAMES = sorted(str(path.relative_to(VECTORS).with_suffix("")) for path in VECTORS.glob("*/*.hex"))
-
-
-def vector(name: str) -> tuple[bytes, dict[str, Any]]:
-    expected = json.loads((VECTORS / f"{name}.json").read_text(), object_hook=plain)
-    return bytes.fromhex((VECTORS / f"{name}.hex").read_text()), expected
-
-
-def plain(value: dict[str, Any]) -> Any:
-    return bytes.fromhex(value["hex"]) if value.keys() == {"hex"} else value
-
-
 def idle(**changed: Any) -> Ici:
-    return Ici(**{**MAKE.IDLE, **changed})
+    return Ici(**{**make.IDLE, **changed})
 
 
 def fields(record: Ici) -> dict[str, Any]:
     return {name: getattr(record, name) for name in FIELDS}
-
-
-# --- the vectors
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_vector(name: str) -> None:
-    stream, expected = vector(name)
-    found, fault = [], {}
-    try:
-        for record in read_records(io.BytesIO(stream)):
-            found.append(fields(record))
-    except RecordError as error:
-        fault = {"error": type(error).__name__, "offset": error.offset, "field": error.field}
-    assert fault == {key: value for key, value in expected.items() if key not in ("because", "records")}
-    assert found == [fields(Ici(**record)) for record in expected["records"]]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_page_is_enough_to_write_a_reader(name: str) -> None:
-    stream, expected = vector(name)
-    found, fault = [], {}
-    try:
-        for record in READER.read(stream):
-            found.append(record)
-    except READER.Fault as error:
-        fault = {"error": error.kind, "offset": error.offset, "field": error.field}
-    assert fault == {key: value for key, value in expected.items() if key not in ("because", "records")}
-    assert found == [fields(Ici(**record)) for record in expected["records"]]
-
-
-def test_the_vectors_are_what_make_writes() -> None:
-    wanted: dict[str, str] = {}
-    for name, made in MAKE.vectors().items():
-        wanted |= MAKE.files(name, made)
-    there = {str(path.relative_to(VECTORS)): path.read_text() for path in VECTORS.glob("*/*")}
-    assert there == wanted, "run tests/vectors/ici/make.py"
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("good")])
-def test_what_we_write_others_read(name: str) -> None:
-    records = list(read_records(io.BytesIO(vector(name)[0])))
-    written = b"".join(record.encode() for record in records)
-    assert list(READER.read(written)) == [fields(record) for record in records]
-
-
-def test_every_rule_has_a_bad_vector() -> None:
-    rules = set(re.findall(r'return "(\w+)"', inspect.getsource(migrate.ici._contradiction))) - {"app"}  # 8 MiB of hex
-    refused = {vector(name)[1].get("field") for name in NAMES}
-    assert rules <= refused
-    assert set(re.findall(r'^        "(\w+)": ', inspect.getsource(READER.agree), re.MULTILINE)) == rules
-
-
-# --- the document
-
-
-def row(field: shape.Field) -> str:
-    meaning, unit = FIELDS[field.name]
-    match field.type:
-        case shape.IntType(ge=low, le=high):
-            kind, limits = "int", f"{low} … {high}"
-        case shape.BytesType(min_length=low, max_length=high):
-            kind, limits = "bin", f"{low or 0} … {high} bytes"
-        case shape.StrType(max_length=high):
-            kind, limits = "str", f"0 … {high} characters"
-        case shape.BoolType():
-            kind, limits = "bool", "false, true"
-        case shape.DictType(max_length=high):
-            kind, limits = "map", f"0 … {high} entries"
-        case other:
-            raise AssertionError(f"no row for {other}")
-    default = "" if field.required else {b"": "empty", "": "empty", False: "false"}.get(field.default, field.default)
-    if field.default_factory is dict:
-        default = "{}"
-    if kind == "int" and not field.required:
-        default = field.default
-    return f"| `{field.name}` | {kind} | {limits} | {default} | {meaning} | {unit} |"
-
-
-def test_the_page_lists_exactly_the_fields() -> None:
-    page = (ROOT / "docs" / "ici-format.md").read_text()
-    record = shape.type_info(Ici)
-    assert isinstance(record, shape.StructType)
-    wanted = [row(field) for field in record.fields if field.name not in QUEUES]
-    table = page.partition("| field | type |")[2].partition("\n\n")[0].splitlines()[2:]
-    assert table == wanted
-    for index, name in enumerate(QUEUES, 1):
-        assert f"| {index} | bin | `{name}`: {FIELDS[name].meaning} |" in page.splitlines()
-
-
-def test_the_page_lists_exactly_the_rules() -> None:
-    page = (ROOT / "docs" / "ici-format.md").read_text()
-    table = page.partition("| field | rule |")[2].partition("\n\n")[0]
-    rules = list(dict.fromkeys(re.findall(r'return "(\w+)"', inspect.getsource(migrate.ici._contradiction))))
-    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [rule for rule in rules if rule != "app"]
-
-
-def test_the_pages_limits_and_example_are_right() -> None:
-    page = (ROOT / "docs" / "ici-format.md").read_text()
-    for limit in (migrate.ici.MAX_RECORD, migrate.ici.MAX_QUEUE, migrate.ici.MAX_FIELDS):
-        assert f" {limit} bytes ({limit >> 20} MiB)" in page
-    assert "*Version {}.{}.*".format(*migrate.ici.VERSION) in page
-    example = page.partition("## An example")[2].partition("```\n")[2].partition("```")[0]
-    assert bytes.fromhex("".join(line[:38] for line in example.splitlines())) == vector("good/example")[0]
-    for state in TcpState:
-        assert f" {state.value} {state.name.replace('_', '-')}" in page.replace("\n", " ")
-
-
-def test_every_field_has_a_meaning() -> None:
-    assert tuple(FIELDS) == Ici.__struct_fields__
-    assert all(field.meaning for field in FIELDS.values())
-    assert str(FIELDS["cwnd"]) == "congestion window (segments)"
-    assert str(FIELDS["sack"]) == "selective acknowledgments were negotiated"
-
-
-# --- versions
-
-
-def test_a_later_minor_version_is_read() -> None:
-    body = MAKE.body({**MAKE.IDLE, "new_in_1_1": {"a": [1, 2]}}, b"x", b"", b"", "a fifth element")
-    assert Ici.decode(MAKE.sealed(body, minor=1)) == idle(sent=b"x")
-
-
-@pytest.mark.parametrize("major", [0, 2, 255])
-def test_another_major_version_is_refused_clearly(major: int) -> None:
-    with pytest.raises(RecordVersionError) as caught:
-        Ici.decode(MAKE.sealed(MAKE.body(MAKE.LEAST), major=major, minor=4))
-    assert str(caught.value) == (
-        f"the record has format version {major}.4, this reader knows 1.x, at byte 4, field header.major "
-        "(read it with the tcpmig that wrote it)"
-    )
 
 
 # --- what an error says
@@ -198,22 +36,22 @@ def test_another_major_version_is_refused_clearly(major: int) -> None:
         (b"\x8aICI\x01", "the record ends within its header, at byte 5"),
         (b"PK\x03\x04", "this is no ICI record, at byte 0, field header.magic"),
         (
-            MAKE.sealed(b"", length=1 << 30),
+            make.sealed(b"", length=1 << 30),
             "the body claims 1073741824 bytes, more than 268435456, at byte 8, field header.length",
         ),
-        (MAKE.sealed(b"\x94")[:-1], "the record ends after 0 of 1 bytes of its body, at byte 16"),
-        (MAKE.sealed(b"\x94" * 2, reserved=1), "the reserved bytes are not zero, at byte 6, field header.reserved"),
-        (MAKE.sealed(b"\x94") + b"\x00\x00", "2 bytes follow the record, at byte 17"),
+        (make.sealed(b"\x94")[:-1], "the record ends after 0 of 1 bytes of its body, at byte 16"),
+        (make.sealed(b"\x94" * 2, reserved=1), "the reserved bytes are not zero, at byte 6, field header.reserved"),
+        (make.sealed(b"\x94") + b"\x00\x00", "2 bytes follow the record, at byte 17"),
         (
-            MAKE.sealed(MAKE.body({**MAKE.LEAST, "mss": 65536})),
+            make.sealed(make.body({**make.LEAST, "mss": 65536})),
             "invalid body: Expected `int` <= 65535, at byte 16, field mss",
         ),
         (
-            MAKE.sealed(MAKE.body({"family": 4})),
+            make.sealed(make.body({"family": 4})),
             "invalid body: Object missing required field `local`, at byte 16, field local",
         ),
         (
-            MAKE.sealed(MAKE.body({**MAKE.LEAST, "max_window": 1, "snd_wnd": 2})),
+            make.sealed(make.body({**make.LEAST, "max_window": 1, "snd_wnd": 2})),
             "smaller than snd_wnd, at byte 16, field max_window",
         ),
     ],
@@ -228,7 +66,7 @@ def test_an_error_says_what_and_where(data: bytes, said: str) -> None:
 
 def test_offsets_count_from_the_start_of_the_stream() -> None:
     good = idle().encode()
-    bad = MAKE.sealed(MAKE.body({**MAKE.LEAST, "family": 5}))
+    bad = make.sealed(make.body({**make.LEAST, "family": 5}))
     stream = read_records(io.BytesIO(good * 3 + bad))
     assert [next(stream).epoch for _ in range(3)] == [3, 3, 3]
     with pytest.raises(RecordError) as caught:
@@ -249,7 +87,7 @@ def test_a_record_comes_back_as_it_was() -> None:
 
 def test_an_idle_record_is_small() -> None:
     assert len(idle().encode()) <= 512
-    bare = {key: MAKE.IDLE[key] for key in (*MAKE.LEAST, "snd_wl1", "snd_wnd", "max_window", "rcv_wnd", "rcv_wup")}
+    bare = {key: make.IDLE[key] for key in (*make.LEAST, "snd_wl1", "snd_wnd", "max_window", "rcv_wnd", "rcv_wup")}
     assert len(Ici(**bare).encode()) < 300
 
 
@@ -414,114 +252,17 @@ def test_no_form_of_a_record_shows_user_data() -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        MAKE.body(MAKE.LEAST, "password"),
-        MAKE.body({**MAKE.LEAST, "app": "password"}),
-        MAKE.body({**MAKE.LEAST, "password": 1, "local_port": "password"}),
-        MAKE.body({**MAKE.LEAST, "options": {"password": "password"}}),
-        MAKE.body({**MAKE.LEAST, "options": {1: "password"}}),
-        MAKE.body({**MAKE.LEAST, "congestion": "password" * 3}),
-        MAKE.body({**MAKE.LEAST, "congestion": "password"}).replace(b"password", b"pass\xffword"[:8]),
-        MAKE.body(MAKE.LEAST, b"", b"", b"password") + b"password",
+        make.body(make.LEAST, "password"),
+        make.body({**make.LEAST, "app": "password"}),
+        make.body({**make.LEAST, "password": 1, "local_port": "password"}),
+        make.body({**make.LEAST, "options": {"password": "password"}}),
+        make.body({**make.LEAST, "options": {1: "password"}}),
+        make.body({**make.LEAST, "congestion": "password" * 3}),
+        make.body({**make.LEAST, "congestion": "password"}).replace(b"password", b"pass\xffword"[:8]),
+        make.body(make.LEAST, b"", b"", b"password") + b"password",
     ],
 )
 def test_no_error_shows_content(content: bytes) -> None:
     with pytest.raises(RecordError) as caught:
-        Ici.decode(MAKE.sealed(content))
+        Ici.decode(make.sealed(content))
     assert "pass" not in str(caught.value)
-
-
-# --- names of connections
-
-
-@pytest.mark.parametrize(
-    ("text", "canonical"),
-    [
-        ("10.0.0.1:80,10.0.0.9:53972", None),
-        ("[fd00::1]:80,[fd00::9]:53972", None),
-        ("[::]:80,[::]:0", None),
-        ("0.0.0.0:65535,255.255.255.255:1", None),
-        ("[FD00:0:0:0:0:0:0:1]:80,[fd00::9]:1", "[fd00::1]:80,[fd00::9]:1"),
-        ("[::ffff:10.0.0.1]:80,[::ffff:a00:9]:53972", "10.0.0.1:80,10.0.0.9:53972"),
-        ("[::ffff:10.0.0.1]:80,10.0.0.9:53972", "10.0.0.1:80,10.0.0.9:53972"),
-    ],
-)
-def test_a_four_tuple_is_spelt(text: str, canonical: str | None) -> None:
-    parsed = FourTuple.parse(text)
-    assert str(parsed) == (canonical or text)
-    assert FourTuple.parse(str(parsed)) == parsed
-    assert parsed.reversed().reversed() == parsed
-    assert parsed.family == (6 if "[" in str(parsed) else 4)
-
-
-CONNECTION = "(write 10.0.0.1:80,10.0.0.9:53972 or [fd00::1]:80,[fd00::9]:53972)"
-ENDPOINT = "(write 10.0.0.1:80, [fd00::1]:80, or the address alone)"
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", f"'': a connection is two ends with one comma between them {CONNECTION}"),
-        ("10.0.0.1:80", f"'10.0.0.1:80': a connection is two ends with one comma between them {CONNECTION}"),
-        ("a,b,c", f"'a,b,c': a connection is two ends with one comma between them {CONNECTION}"),
-        ("10.0.0.1,10.0.0.9:1", f"'10.0.0.1,10.0.0.9:1': each end of a connection has a port {CONNECTION}"),
-        (
-            "10.0.0.1:80,[fd00::9]:1",
-            "'10.0.0.1:80,[fd00::9]:1': both ends of a connection are IPv4 addresses, "
-            f"or both are IPv6 addresses {CONNECTION}",
-        ),
-        (
-            "*:80,*:90",
-            f"'*:80,*:90': both ends of a connection are IPv4 addresses, or both are IPv6 addresses {CONNECTION}",
-        ),
-        ("10.0.0.1:80,10.0.0.9:65536", f"'10.0.0.9:65536': '65536' is no port number {ENDPOINT}"),
-        ("10.0.0.1:080,10.0.0.9:1", f"'10.0.0.1:080': '080' is no port number {ENDPOINT}"),
-        ("10.0.0.1:80, 10.0.0.9:1", f"' 10.0.0.9:1': ' 10.0.0.9' is no IPv4 address {ENDPOINT}"),
-        ("10.0.0.1:-1,10.0.0.9:1", f"'10.0.0.1:-1': '-1' is no port number {ENDPOINT}"),
-        ("10.0.0.1:,10.0.0.9:1", f"'10.0.0.1:': '' is no port number {ENDPOINT}"),
-        ("10.0.0.1:٨٠,10.0.0.9:1", f"'10.0.0.1:٨٠': '٨٠' is no port number {ENDPOINT}"),
-        ("10.0.1:80,10.0.0.9:1", f"'10.0.1:80': '10.0.1' is no IPv4 address {ENDPOINT}"),
-        ("10.0.0.01:80,10.0.0.9:1", f"'10.0.0.01:80': '10.0.0.01' is no IPv4 address {ENDPOINT}"),
-        ("localhost:80,10.0.0.9:1", f"'localhost:80': 'localhost' is no IPv4 address {ENDPOINT}"),
-        ("10.0.0.1\0:80,10.0.0.9:1", f"'10.0.0.1\\x00:80': '10.0.0.1\\x00' is no IPv4 address {ENDPOINT}"),
-        ("fd00::1:80,fd00::9:1", f"'fd00::1:80': an IPv6 address stands in brackets {ENDPOINT}"),
-        ("[10.0.0.1]:80,10.0.0.9:1", f"'[10.0.0.1]:80': '10.0.0.1' is no IPv6 address {ENDPOINT}"),
-        (
-            "[fd00::1:80,[fd00::9]:1",
-            f"'[fd00::1:80': an IPv6 address ends with ']', and then comes ':PORT' or nothing {ENDPOINT}",
-        ),
-        (
-            "[fd00::1]80,[fd00::9]:1",
-            f"'[fd00::1]80': an IPv6 address ends with ']', and then comes ':PORT' or nothing {ENDPOINT}",
-        ),
-        (
-            "[fe80::1%eth0]:80,[fe80::2]:1",
-            f"'[fe80::1%eth0]:80': a zone names an interface of one host, it means nothing on another {ENDPOINT}",
-        ),
-    ],
-)
-def test_a_misspelt_four_tuple_is_explained(text: str, said: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        FourTuple.parse(text)
-    assert str(caught.value) == said
-
-
-@pytest.mark.parametrize(
-    ("text", "address", "port"),
-    [
-        ("10.0.0.1:80", b"\n\0\0\1", 80),
-        ("10.0.0.1", b"\n\0\0\1", None),
-        ("[fd00::1]:0", b"\xfd" + bytes(14) + b"\1", 0),
-        ("[fd00::1]", b"\xfd" + bytes(14) + b"\1", None),
-        ("[::ffff:1.2.3.4]", b"\1\2\3\4", None),
-        ("*:443", b"", 443),
-        ("*", b"", None),
-    ],
-)
-def test_an_endpoint_is_spelt(text: str, address: bytes, port: int | None) -> None:
-    assert parse_endpoint(text) == (address, port)
-
-
-def test_only_mapped_addresses_are_unmapped() -> None:
-    assert unmapped(bytes(10) + b"\xff\xff\1\2\3\4") == b"\1\2\3\4"
-    for address in (b"\1\2\3\4", bytes(16), bytes(9) + b"\xff\xff" + bytes(5)):
-        assert unmapped(address) is address
