@@ -41,8 +41,6 @@ class HasFileno(Protocol):
 _MOVABLE = frozenset(state for state, plan in REBUILD.items() if plan.way is Way.REPAIR)
 _FIN_QUEUED = frozenset(state for state, plan in REBUILD.items() if plan.sent_fin and not plan.fin_acked)
 
-_INITIAL_CWND = 10  # TCP_INIT_CWND in include/net/tcp.h, segments
-
 _TCP, _MAXSEG = int(socket.IPPROTO_TCP), socket.TCP_MAXSEG  # names of this module are found quicker than others
 _TIMESTAMPS, _USEC_TS, _SACK = uapi.TCPI_OPT_TIMESTAMPS, uapi.TCPI_OPT_USEC_TS, uapi.TCPI_OPT_SACK
 _WSCALE, _ECN = uapi.TCPI_OPT_WSCALE, uapi.TCPI_OPT_ECN
@@ -137,7 +135,7 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
     mss_clamp = sock.getsockopt(_TCP, _MAXSEG)
     congestion = sockopt.congestion(sock)
     if found:
-        _leave_out_what_comes_by_itself(found, cwnd, advmss, rcvbuf)
+        _leave_out_what_comes_by_itself(found, advmss, rcvbuf)
     local, remote = sock.getsockname(), sock.getpeername()
     # By position, in the order of the record's definition: by name takes ten times as long.
     return Ici(
@@ -181,13 +179,12 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
     )
 
 
-def _leave_out_what_comes_by_itself(found: dict[str, options.Value], cwnd: int, advmss: int, rcvbuf: int) -> None:
-    """What has a field of its own, and sizes that every established connection gets (tcp_init_buffer_space)."""
+def _leave_out_what_comes_by_itself(found: dict[str, options.Value], advmss: int, rcvbuf: int) -> None:
+    """What has a field of its own, and sizes that the kernel gives a connection itself (tcp_init_buffer_space)."""
     found.pop("TCP_CONGESTION", None)
     if "SO_BUF_LOCK" in found:
         return
-    if cwnd <= _INITIAL_CWND:
-        found.pop("SO_SNDBUF", None)
+    found.pop("SO_SNDBUF", None)  # follows the congestion window
     if "SO_RCVBUF" not in found and found.get("TCP_WINDOW_CLAMP") == max(2 * advmss, rcvbuf // 2 - advmss):
         del found["TCP_WINDOW_CLAMP"]
 

@@ -63,7 +63,7 @@ class Pair:
             "segment": round(info.bytes_sent / info.data_segs_out, 1),
             "mss": info.snd_mss,
             "receive buffer": memory[1],
-            "send buffer": memory[3],
+            "send buffer": self.near.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF),
         }
 
     def close(self) -> None:

@@ -19,7 +19,9 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from migrate import activate, dump, release, restore
+from migrate import Error, Ici, activate, release, restore
+from migrate.checkpoint import dump_many
+from migrate.kernel import options
 
 PHASES = ("save", "close", "restore", "resume")
 LOOPBACK = "ip link set lo up mtu 1500 && ip route replace local 127.0.0.1 dev lo table local initcwnd 100"
@@ -93,8 +95,11 @@ class Subject:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
+        options.prepare()  # as whoever moves many does beforehand
         self.peers = Peers(arguments)
-        listener = socket.create_server(("127.0.0.1", 8000), backlog=1024)
+        listener = socket.socket()  # without SO_REUSEADDR, as the reference's: an option more would be carried
+        listener.bind(("127.0.0.1", 8000))
+        listener.listen(1024)
         self.peers.begin(b"c")
         self.socks: list[socket.socket] = [listener.accept()[0] for _ in range(arguments.connections)]
         self.peers.finish(b"c")
@@ -140,7 +145,7 @@ class Subject:
 
     def _run_batch(self, old: list[socket.socket], cost: Cost) -> list[socket.socket]:
         with cost.phase("save"):
-            records = [dump(sock) for sock in old]
+            records = [_saved(record) for record in dump_many(old)]
         with cost.phase("close"):
             for sock in old:
                 release(sock)
@@ -176,6 +181,12 @@ class Subject:
         for sock in self.socks:
             sock.close()
         self.peers.close()
+
+
+def _saved(record: Ici | Error) -> Ici:
+    if isinstance(record, Error):
+        raise SystemExit(f"not saved: {record}")
+    return record
 
 
 def _queued(sock: socket.socket, request: int) -> int:
