@@ -118,10 +118,10 @@ def test_a_group_has_one_listener(host: Host, lan: LanFactory) -> None:
 
 def test_a_free_group_is_found(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     wishes = iter([7, 7, 8])
-    monkeypatch.setattr(nflog.random, "randint", lambda *_: next(wishes))
+    monkeypatch.setattr(random, "randint", lambda *_: next(wishes))
     with listening(host) as first, listening(host) as second:
         assert (first.group, second.group) == (7, 8)
-        monkeypatch.setattr(nflog.random, "randint", lambda *_: 7)
+        monkeypatch.setattr(random, "randint", lambda *_: 7)
         with pytest.raises(Conflict, match="no free NFLOG group"):
             listening(host)
 

@@ -57,7 +57,7 @@ segments = st.builds(
 def words(data: bytes) -> int:
     """The sum of RFC 1071 as the RFC spells it, to compare with."""
     data += bytes(len(data) % 2)
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total
