@@ -164,11 +164,14 @@ class DestinationHandoff(Machine):
 
     def _check(self, message: say.Message) -> None:
         super()._check(message)
-        if isinstance(message, say.Offer):
+        if isinstance(message, say.Prepare | say.Offer | say.Query):
             ids = {connection.id for connection in message.connections}
-            known = set(self.connections) or set(message.connections)
-            if not ids or ids != set(message.records) or not known.issuperset(message.connections):
-                raise RemoteError("the offer does not fit what was prepared")
+            if not ids or len(ids) != len(message.connections):
+                raise RemoteError("the message names no connection, or one of them twice")
+            if isinstance(message, say.Offer):
+                known = self.moving if self.connections else message.connections
+                if ids != set(message.records) or not set(known).issuperset(message.connections):
+                    raise RemoteError("the offer does not fit what was prepared")
 
     def _classify(self, event: Event) -> DestinationEvent:
         match event:

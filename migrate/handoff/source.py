@@ -209,7 +209,7 @@ class SourceHandoff(Machine):
         match event:
             case say.Prepared():
                 self._refuse(event.refused)
-                self.shared = event.shared
+                self.shared = event.shared and bool(self.registry)
                 self.journal = event.journal
             case on_event.Frozen():
                 missing = {c.id: _WHY[on_event.Frozen] for c in self.moving if c.id not in event.records}
