@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ from migrate.tcpstate import TcpState
 
 __all__ = ["Freeze", "Migration"]
 
-_BATCH = 25
+_BATCH, _SAMPLE = 25, 400  # connections: that move together, that are looked at for that
 _TIME = 60.0  # seconds to find a quiet point of each connection in
 _ACCEPT = 10.0  # seconds for nginx to accept the last
 
@@ -139,9 +140,9 @@ def _rebuilt(source: socket.socket) -> socket.socket:
 def _choose(waiting: Mapping[FourTuple, socket.socket]) -> list[FourTuple]:
     """The next batch. Those silent for long enough to be judged at once, and of them those that were so last."""
     ages = {}
-    for key, sock in waiting.items():
+    for key in random.sample(list(waiting), min(_SAMPLE, len(waiting))):
         with contextlib.suppress(OSError):
-            ages[key] = quiet.observe(sock).sent_ago / 1000
+            ages[key] = quiet.observe(waiting[key]).sent_ago / 1000
     return sorted(ages, key=lambda key: (ages[key] < quiet.PATIENCE, ages[key]))[:_BATCH]
 
 

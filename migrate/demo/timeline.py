@@ -56,7 +56,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 def _headline(result: Result) -> str:
     outcome = "none lost" if result.good else f"{result.lost + result.connections - result.moved} in trouble"
-    return f"{result.moved:,} live TCP connections moved from host A to host B: {outcome}"
+    return f"{result.moved:,} live TCP {_noun(result.moved)} moved from host A to host B: {outcome}"
 
 
 def _subtitle(result: Result) -> str:
@@ -109,7 +109,9 @@ def _connections(rows: Sequence[Row], begin: float, end: float) -> Iterator[str]
         [moved[number * len(moved) // _MOST_ROWS] for number in range(_MOST_ROWS)] if len(moved) > _MOST_ROWS else moved
     )
     what = (
-        f"{len(shown)} of the {len(rows):,} connections" if len(shown) < len(rows) else f"All {len(rows)} connections"
+        f"{len(shown)} of the {len(rows):,} connections"
+        if len(shown) < len(rows)
+        else f"All of {len(rows)} {_noun(len(rows))}"
     )
     yield _text(_LEFT, _ROWS_TOP - 10, f"{what}, a row each, in the order in which they moved", bold=True)
     pitch = (_ROWS_BOTTOM - _ROWS_TOP) / max(len(shown), 1)
@@ -167,9 +169,13 @@ def _figures(result: Result) -> Iterator[str]:
         (f"{percentile(result.freeze, 50) * 1000:.0f} ms", "frozen, median"),
     ]
     for number, (value, words) in enumerate(figures):
-        y = 448 + number * 46
+        y = 476 + number * 44
         yield _text(_SIDE, y, value, size=20, bold=True)
         yield _text(_SIDE, y + 16, words, colour=_FAINT)
+
+
+def _noun(count: int) -> str:
+    return "connection" if count == 1 else "connections"
 
 
 def _x(time: float, begin: float, end: float) -> float:
