@@ -26,7 +26,7 @@ from migrate.checkpoint import HasFileno
 from migrate.errors import Conflict, Error, HostError, Refused, from_oserror
 from migrate.fourtuple import MAPPED
 from migrate.ici import Ici
-from migrate.kernel import options, segment, sockopt, uapi
+from migrate.kernel import netns, options, segment, sockopt, uapi
 from migrate.kernel.nft import MARK
 from migrate.tcpstate import REBUILD, Step, TcpState, Way
 
@@ -165,7 +165,8 @@ def _activate(sock: Restored, ici: Ici) -> None:
     if ici.unsent:
         _fill(sock, ici.unsent, _SEND, before=len(ici.sent))
         if _steps_wait(ici):
-            _take_steps(sock, ici, _PLANS[ici.state].steps)
+            with netns.entered_with(sock):  # segments are injected
+                _take_steps(sock, ici, _PLANS[ici.state].steps)
     sock.record = None
 
 

@@ -12,16 +12,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
+import socket
 from collections.abc import Iterator
 
 from migrate.errors import Error, KernelError, NotFound, PrivilegeError, UsageError
 
-__all__ = ["entered", "exists", "identity", "open"]
+__all__ = ["entered", "entered_with", "exists", "identity", "open"]
 
 CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 DIRECTORY = "/run/netns"  # where `ip netns add` keeps its names
 OWN = "/proc/thread-self/ns/net"
+SIOCGSKNS = 0x894C  # include/uapi/linux/sockios.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
@@ -50,6 +53,21 @@ def entered(name: str | None) -> Iterator[None]:
             _setns(before, OWN)
     finally:
         os.close(before)
+
+
+@contextlib.contextmanager
+def entered_with(sock: socket.socket) -> Iterator[None]:
+    """This thread is in the socket's network namespace meanwhile. Raises PrivilegeError, KernelError."""
+    try:
+        there = fcntl.ioctl(sock, SIOCGSKNS)
+    except OSError as error:
+        raise _explained(f"of descriptor {sock.fileno()}", error) from None
+    try:
+        same = os.path.samestat(os.fstat(there), os.stat(OWN))
+        with entered(None if same else f"/proc/self/fd/{there}"):
+            yield
+    finally:
+        os.close(there)
 
 
 def exists(name: str) -> bool:
