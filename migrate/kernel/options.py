@@ -38,8 +38,9 @@ _SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h
 _SIOCGSKNS = 0x894C  # include/uapi/linux/sockios.h
 _COOKIE_BYTES = 8
 
-# One getsockopt that takes and gives an int, and nothing to add.
+# An int for getsockopt, for setsockopt, and nothing to add.
 _PLAIN = frozenset({Kind.INT, Kind.HOPS, Kind.SIZE, Kind.CLAMP})
+_SET_PLAINLY = frozenset({Kind.INT, Kind.HOPS, Kind.DSCP, Kind.CLAMP})
 # Part of the value lies outside of the socket: equal fingerprints tell that there is one, not that it is the same.
 _ELSEWHERE = frozenset({Kind.HOPS, Kind.DEVICE, Kind.BYTES, Kind.STICKY, Kind.FILTER})
 _CHARGED = frozenset({Kind.STICKY, Kind.FILTER})
@@ -221,29 +222,43 @@ def apply(sock: socket.socket, options: Mapping[str, Value], phase: Phase) -> li
     """
     if not options:
         return []
-    chosen, left = _schedule(tuple(options))[phase]
-    if not chosen:
-        return left.copy()
-    left = left.copy()
-    for option in chosen:
+    steps, unknown = _schedule(tuple(options))[phase]
+    left = unknown.copy()
+    put = sock.setsockopt
+    for name, level, number, other in steps:
+        value = options.get(name, 0)
         try:
-            option_values.put(sock, option, options.get(option.name, 0))
+            if other:
+                option_values.put(sock, other, value)
+            elif value.__class__ is int:
+                put(level, number, value)
+            else:
+                left.append(name)
         except OSError as error:
             if sock.fileno() < 0:
-                raise from_oserror(f"setting {option.name}", error) from None
-            left.append(option.name)
+                raise from_oserror(f"setting {name}", error) from None
+            left.append(name)
         except (TypeError, ValueError, OverflowError, struct.error):  # a value of another form than this option's
-            left.append(option.name)
+            left.append(name)
     return left
 
 
+class _Step(NamedTuple):
+    """One setsockopt; ``other`` is the option if its value is not a plain int in the kernel."""
+
+    name: str
+    level: int
+    number: int
+    other: Option | None
+
+
 @functools.lru_cache(maxsize=1024)
-def _schedule(names: tuple[str, ...]) -> list[tuple[list[Option], list[str]]]:
+def _schedule(names: tuple[str, ...]) -> list[tuple[list[_Step], list[str]]]:
     """For each phase, what of these is set in it, in order, and what cannot be. Few sets of names are ever seen."""
     return [_due(names, phase) for phase in Phase]
 
 
-def _due(names: tuple[str, ...], phase: Phase) -> tuple[list[Option], list[str]]:
+def _due(names: tuple[str, ...], phase: Phase) -> tuple[list[_Step], list[str]]:
     chosen, unknown = [], []
     for name in names:
         option = BY_NAME.get(name)
@@ -255,7 +270,8 @@ def _due(names: tuple[str, ...], phase: Phase) -> tuple[list[Option], list[str]]
         chosen.append(BY_NAME["SO_BUF_LOCK"])  # setting a size locks it: its value is 0
     if BY_NAME["IP_TOS"] in chosen and "SO_PRIORITY" not in names:
         chosen.append(BY_NAME["SO_PRIORITY"])  # setting IP_TOS sets it, but an accepted socket begins with 0
-    return sorted(chosen, key=_place), unknown
+    chosen.sort(key=_place)
+    return [_Step(*option[:3], None if option.kind in _SET_PLAINLY else option) for option in chosen], unknown
 
 
 def flowinfo(options: Mapping[str, Value]) -> int:
