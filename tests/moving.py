@@ -39,6 +39,11 @@ class Mover:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def settle(self) -> None:
+        """After a move that failed half-way: the address is where ``here`` says."""
+        self._vips[self.there.name].withdraw(self._address)
+        self._vips[self.here.name].announce(self._address)
+
     def move(self, sock: socket.socket) -> socket.socket:
         """Take the connection of ``sock``, whose host has the address now, to the other host."""
         four_tuple = _four_tuple(sock)
