@@ -8,7 +8,9 @@
     held.lift()                                # and the network is as it was; the end of `with` does it too
 
 A connection is held from both sides, or with ``outgoing=False`` only what arrives: then its owner may still finish an
-answer. `replay` leaves it like that, since a socket that is given data must acknowledge it.
+answer. `replay` leaves it like that, since a socket that is given data must acknowledge it. What a socket sends while
+its departing segments are dropped counts for its TCP as lost, and is repeated after a timeout only: so open that side,
+by `replay` or ``add(tuples, outgoing=False)``, before a socket leaves repair mode.
 
 What was kept is injected only where its connection exists, so that no RST goes to the peer of one that moved away.
 What is not replayed is not lost: the peer repeats it.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Self
 
 from migrate.errors import Error, HostError, NotFound
@@ -115,7 +117,7 @@ class Hold:
         return self._listener.lost
 
     @property
-    def tuples(self) -> dict[FourTuple, bool]:
+    def tuples(self) -> Mapping[FourTuple, bool]:
         """What was added and not removed, and whether it is held from both sides."""
         if os.getpid() != self._process:  # in a forked child: what the parent did since
             self._process = os.getpid()
@@ -187,7 +189,8 @@ class Hold:
     def lift(self) -> None:
         """Replay, hold nothing any more, replay what came in the last moment, and close; again does nothing.
 
-        What cannot be replayed is left to the peer to repeat.
+        What cannot be replayed is left to the peer to repeat. After the last replay this takes the kernel 10 to 20 ms
+        (closing a netlink socket waits until a removed table is disposed of): who moves many uses one hold for all.
         """
         if self._over:
             return
@@ -195,7 +198,7 @@ class Hold:
         with self._resources, contextlib.suppress(HostError):
             try:
                 self.replay()
-                self._let_go(list(self.tuples))  # first, since removing a table takes the kernel some 10 ms
+                self._let_go(list(self.tuples))
                 self._inject(self.take())
             finally:
                 self._table.delete()
