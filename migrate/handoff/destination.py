@@ -22,7 +22,7 @@ from migrate.handoff.machine import DEFAULT_TIMES, Builders, Machine, Table, Tim
 __all__ = ["DestinationEvent", "DestinationHandoff", "DestinationState"]
 
 
-class DestinationState(enum.StrEnum):
+class DestinationState(enum.Enum):
     """Where a batch stands at the destination."""
 
     ABSENT = "never heard of, or forgotten"
@@ -37,7 +37,7 @@ class DestinationState(enum.StrEnum):
     DISCARDED = "over: they do not, and never will in this epoch"
 
 
-class DestinationEvent(enum.StrEnum):
+class DestinationEvent(enum.Enum):
     """What can happen to it."""
 
     PREPARE = "the source asks for room"
@@ -216,7 +216,7 @@ class DestinationHandoff(Machine):
         return do.Replay(self.moving, event.kept if isinstance(event, say.Released) else ())
 
     def _start_timer(self, event: Event) -> do.Command:
-        seconds: Mapping[enum.StrEnum, float] = {
+        seconds: Mapping[enum.Enum, float] = {
             _D.PREPARED: self.patience,
             _D.COMMITTING: self.times.ask,
             _D.COMMITTED: self.times.kept,

@@ -69,7 +69,7 @@ class Machine:
         self.batch = batch
         self.peer = peer
         self.times = times
-        self.state: enum.StrEnum = next(iter(self.TRANSITIONS))
+        self.state: enum.Enum = next(iter(self.TRANSITIONS))
         self.connections: tuple[Connection, ...] = ()
         self.refused: Mapping[bytes, str] = {}
         self.steer = ""
@@ -150,7 +150,7 @@ class Machine:
         if message.batch != self.batch:
             raise RemoteError("the message is about another batch")
 
-    def _classify(self, event: Event) -> enum.StrEnum:
+    def _classify(self, event: Event) -> enum.Enum:
         raise NotImplementedError
 
     def _absorb(self, event: Event) -> None:

@@ -22,7 +22,7 @@ from migrate.handoff.machine import DEFAULT_TIMES, Builders, Machine, Table, Tim
 __all__ = ["SourceEvent", "SourceHandoff", "SourceState"]
 
 
-class SourceState(enum.StrEnum):
+class SourceState(enum.Enum):
     """Where a batch stands at the source."""
 
     NEW = "nothing has been done"
@@ -38,7 +38,7 @@ class SourceState(enum.StrEnum):
     STAYED = "over: they live here"
 
 
-class SourceEvent(enum.StrEnum):
+class SourceEvent(enum.Enum):
     """What can happen to it."""
 
     START = "the agent begins"
@@ -245,7 +245,7 @@ class SourceHandoff(Machine):
         return do.Report("stayed" if self.state in (_S.STAYED, _S.SETTLING) else "moved", self.refused)
 
     def _start_timer(self, event: Event) -> do.Command:
-        seconds: Mapping[enum.StrEnum, float] = {
+        seconds: Mapping[enum.Enum, float] = {
             _S.PREPARING: self.times.prepare,
             _S.OFFERED: self.times.answer,
             _S.LINGERING: self.times.linger,

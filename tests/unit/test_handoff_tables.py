@@ -56,7 +56,7 @@ BEHIND = {
 }
 
 
-def machine_in(kind: type[Machine], state: enum.StrEnum, *, exhausted: bool = False) -> Machine:
+def machine_in(kind: type[Machine], state: enum.Enum, *, exhausted: bool = False) -> Machine:
     row = do.Row(
         batch=BATCH, role=kind.role, state=state.name, peer="", connections=(A, B), refused={}, shared=exhausted
     )
@@ -71,7 +71,7 @@ def pairs() -> Iterator[tuple[Machine, on.Event]]:
                 yield machine_in(kind, state, exhausted=True), on.Timeout(0)
 
 
-def classified(machine: Machine, event: on.Event) -> enum.StrEnum | None:
+def classified(machine: Machine, event: on.Event) -> enum.Enum | None:
     try:
         return machine._classify(event)
     except (RemoteError, RuntimeError, UsageError):
@@ -133,7 +133,7 @@ def test_a_broken_message_changes_nothing() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_state_is_reached_and_left(kind: type[Machine]) -> None:
-    states: list[enum.StrEnum] = list(kind.TRANSITIONS)
+    states: list[enum.Enum] = list(kind.TRANSITIONS)
     assert set(states) == {*type(states[0]).__members__.values()}, "a state without a row"
     reached, rest = {states[0]}, [states[0]]
     while rest:
