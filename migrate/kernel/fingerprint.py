@@ -29,7 +29,9 @@ BATCH = 16  # sockets a run: the kernel verifies the loop turn by turn, and more
 _SIZE_OPTIONS = tuple(BY_NAME[name][1:3] for name in ("SO_SNDBUF", "SO_RCVBUF", "TCP_WINDOW_CLAMP"))
 PATH = ("task_struct.files", "files_struct.fdt", "fdtable.fd", "file.private_data", "socket.sk")  # to a socket
 SIZE_FIELDS = ("sock.sk_sndbuf", "sock.sk_rcvbuf", "tcp_sock.window_clamp")
-# Each field with the options that live in it; an option of which this kernel lacks a field is `unproven`.
+# Each field with the options that live in it; an option of which this kernel lacks a field is `unproven`. A * marks a
+# pointer of which only the highest bit counts, which all addresses of the kernel have: that something is there is alike
+# in many sockets, where it is differs, and what it is has to be asked for anyway.
 FIELDS = {
     "sock.sk_protocol": "",
     "sock_common.skc_family": "",
@@ -43,7 +45,7 @@ FIELDS = {
     "sock.sk_ll_usec": "SO_BUSY_POLL",
     "sock.sk_prefer_busy_poll": "SO_PREFER_BUSY_POLL",
     "sock.sk_userlocks": "SO_BUF_LOCK",
-    "sock.sk_filter": "SO_ATTACH_FILTER",
+    "sock.sk_filter*": "SO_ATTACH_FILTER",
     "sock.sk_rcvtimeo": "SO_RCVTIMEO",
     "sock.sk_sndtimeo": "SO_SNDTIMEO",
     "sock.sk_rcvlowat": "SO_RCVLOWAT",
@@ -58,7 +60,7 @@ FIELDS = {
     "inet_sock.inet_flags": "IP_FREEBIND IP_TRANSPARENT IP_RECVERR IP_RECVERR_RFC4884 IP_BIND_ADDRESS_NO_PORT "
     "IP_PKTINFO IP_RECVTTL IP_RECVTOS IP_RECVOPTS IP_RETOPTS IP_PASSSEC IP_RECVORIGDSTADDR IP_CHECKSUM IPV6_FREEBIND "
     "IPV6_TRANSPARENT IPV6_FLOWINFO_SEND IPV6_AUTOFLOWLABEL IPV6_DONTFRAG IPV6_RECVERR IPV6_RECVERR_RFC4884",
-    "inet_sock.inet_opt": "IP_OPTIONS",
+    "inet_sock.inet_opt*": "IP_OPTIONS",
     "inet_sock.uc_ttl": "IP_TTL",
     "inet_sock.tos": "IP_TOS",
     "inet_sock.min_ttl": "IP_MINTTL",
@@ -87,7 +89,7 @@ BEHIND = {
     "inet_connection_sock.icsk_ca_ops": {"tcp_congestion_ops.name": "TCP_CONGESTION"},
     "inet_sock.pinet6": {
         "ipv6_pinfo.flow_label": "IPV6_FLOWLABEL_MGR",
-        "ipv6_pinfo.opt": "IPV6_HOPOPTS IPV6_RTHDRDSTOPTS IPV6_RTHDR IPV6_DSTOPTS",
+        "ipv6_pinfo.opt*": "IPV6_HOPOPTS IPV6_RTHDRDSTOPTS IPV6_RTHDR IPV6_DSTOPTS",
         "ipv6_pinfo.hop_limit": "IPV6_UNICAST_HOPS",
         "ipv6_pinfo.pmtudisc": "IPV6_MTU_DISCOVER",
         "ipv6_pinfo.tclass": "IPV6_TCLASS",
@@ -205,13 +207,17 @@ class _Layout:
         masks: dict[int, int] = {}  # by offset: the bits of that byte
         for field, options in fields.items():
             try:
-                place = btf.place(field)
+                place = btf.place(field.removesuffix("*"))
             except LookupError:
                 self.located.difference_update(options.split())
                 continue
-            bits = (place.mask or (1 << 8 * place.size) - 1).to_bytes(place.size, sys.byteorder)
-            for offset, mask in enumerate(bits, place.offset):
-                masks[offset] = masks.get(offset, 0) | mask
+            mask = place.mask or (1 << 8 * place.size) - 1
+            if field.endswith("*"):
+                mask = 1 << 8 * place.size - 1
+            bits = mask.to_bytes(place.size, sys.byteorder)
+            for offset, bit in enumerate(bits, place.offset):
+                if bit:
+                    masks[offset] = masks.get(offset, 0) | bit
         runs: list[_Run] = []
         for offset, mask in sorted(masks.items()):
             if runs and runs[-1].offset + len(runs[-1].masks) == offset:

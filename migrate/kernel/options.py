@@ -42,9 +42,9 @@ _COOKIE_BYTES = 8
 _PLAIN = frozenset({Kind.INT, Kind.HOPS, Kind.SIZE, Kind.CLAMP})
 _SET_PLAINLY = frozenset({Kind.INT, Kind.HOPS, Kind.DSCP, Kind.CLAMP})
 # Part of the value lies outside of the socket: equal fingerprints tell that there is one, not that it is the same.
-_ELSEWHERE = frozenset({Kind.HOPS, Kind.DEVICE, Kind.BYTES, Kind.STICKY, Kind.FILTER})
+_ELSEWHERE = frozenset({Kind.HOPS, Kind.DEVICE, Kind.BYTES})
 _CHARGED = frozenset({Kind.STICKY, Kind.FILTER})
-_SIZES = ("SO_SNDBUF", "SO_RCVBUF", "TCP_WINDOW_CLAMP")
+_SIZES = frozenset({"SO_SNDBUF", "SO_RCVBUF", "TCP_WINDOW_CLAMP"})
 _ORDER = {option.name: place for place, option in enumerate(OPTIONS)}
 
 
@@ -63,7 +63,8 @@ class _Known(NamedTuple):
     options: dict[str, Value]
     send: Value
     receive: Value
-    ask: list[tuple[Option, Value]]  # to be asked of each socket that has it, with the default
+    ask: list[tuple[Option, Value]]  # to be asked of each socket like it, with the default
+    charged: list[tuple[Option, Value]]  # the same, but a filter may be one that cannot be read
 
 
 class _Memory:
@@ -130,19 +131,19 @@ class _Reader:
         for option, default in like.ask:
             if (value := option_values.get(sock, option)) != default:
                 options[option.name] = value
+        if like.charged:
+            options |= _charged(sock, like.charged)
         return options
 
     def learn(self, fingerprint: Fingerprint, sock: socket.socket) -> _Known:
         """Ask one socket for what its fingerprint says, and find what is to be asked of each that looks like it."""
-        options, defaults = self.ask(sock, True), self.fresh(sock, True).defaults
-        ask = [
-            (BY_NAME[name], default)
-            for name, default in defaults.items()
-            if name in fingerprint.unproven or (name in options and BY_NAME[name].kind in _ELSEWHERE)
-        ]
-        for name in (*_SIZES, *(option.name for option, _default in ask)):
-            options.pop(name, None)
-        return _Known(options, defaults["SO_SNDBUF"], defaults["SO_RCVBUF"], ask)
+        fresh, options = self.fresh(sock, True), self.ask(sock, True)
+        charged = {option.name for option, _default in fresh.charged} | {"SO_ATTACH_BPF"}
+        doubtful = fingerprint.unproven | {name for name in options if BY_NAME[name].kind in _ELSEWHERE}
+        again = fresh.charged if charged & (options.keys() | doubtful) else []
+        ask = [(BY_NAME[name], fresh.defaults[name]) for name in fresh.defaults if name in doubtful - charged]
+        sure = {name: value for name, value in options.items() if name not in doubtful | charged | _SIZES}
+        return _Known(sure, fresh.defaults["SO_SNDBUF"], fresh.defaults["SO_RCVBUF"], ask, again)
 
     def ask(self, sock: socket.socket, connected: bool) -> dict[str, Value]:
         """The long way: one call an option."""
@@ -160,12 +161,7 @@ class _Reader:
         if connected and found.get("TCP_WINDOW_CLAMP") == sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2:
             del found["TCP_WINDOW_CLAMP"]
         if option_values.option_memory(sock):
-            for option, default in fresh.charged:
-                try:
-                    if (other := option_values.get(sock, option)) != default:
-                        found[option.name] = other
-                except PermissionError:  # an eBPF filter
-                    found["SO_ATTACH_BPF"] = 1
+            found |= _charged(sock, fresh.charged)
         return found
 
     def fresh(self, sock: socket.socket, connected: bool) -> _Fresh:
@@ -286,6 +282,17 @@ def _place(option: Option) -> int:
 
 def _settle(sock: socket.socket, option: Option) -> None:
     option_values.put(sock, option, option.sample)
+
+
+def _charged(sock: socket.socket, charged: list[tuple[Option, Value]]) -> dict[str, Value]:
+    found: dict[str, Value] = {}
+    for option, default in charged:
+        try:
+            if (value := option_values.get(sock, option)) != default:
+                found[option.name] = value
+        except PermissionError:  # an eBPF filter
+            found["SO_ATTACH_BPF"] = 1
+    return found
 
 
 def _namespace(sock: socket.socket) -> bytes:

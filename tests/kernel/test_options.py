@@ -29,6 +29,7 @@ from tests.fix_netns import Host, Lan
 ROOT = Path(__file__).parents[2]
 SIZES = {"SO_SNDBUF", "SO_RCVBUF", "TCP_WINDOW_CLAMP"}
 ADDRESSES = {"4": "127.0.0.1", "6": "::1", "mapped": "::ffff:127.0.0.1"}
+SO_ATTACH_BPF = 50  # include/uapi/asm-generic/socket.h
 PHASES = (Phase.BEFORE_BIND, Phase.BEFORE_CONNECT, Phase.IN_REPAIR, Phase.AFTER_REPAIR)
 
 
@@ -277,6 +278,21 @@ def test_both_ways_agree_on_sockets_of_all_kinds(connected: Any, prepared: optio
     assert prepared.read_many(socks[::-1], True) == long.read_many(socks[::-1], True)
 
 
+def test_sockets_with_everything_set_are_recognised(connected: Any, prepared: options._Reader) -> None:
+    socks = [connected("6")[1] for _ in range(10)]
+    for sock in socks:
+        for option in OPTIONS:
+            if option.phase is not Phase.UNCONNECTED and option.kind is not Kind.LABEL:
+                with contextlib.suppress(OSError):  # the walk tells which and why
+                    option_values.put(sock, option, option.sample)
+    prepared.memory.until, before = 0.0, prepared.asked
+    first, *others = prepared.read_many(socks, True)
+    assert len(first) > 100 and others == [first] * 9
+    assert prepared.asked == before + 1
+    for sock in socks:
+        option_values.put(sock, BY_NAME["SO_LINGER"], 0)  # its last segments have nowhere to go
+
+
 def test_one_socket_is_asked_for_all_that_are_like_it(connected: Any, prepared: options._Reader) -> None:
     socks = [connected("4")[1] for _ in range(40)]
     prepared.memory.until, before = 0.0, prepared.asked
@@ -479,18 +495,38 @@ def test_a_closed_socket_is_an_error(here: Host, way: options._Reader) -> None:
         options.apply(sock, {"SO_MARK": 1}, Phase.BEFORE_BIND)
 
 
-def test_an_ebpf_filter_is_seen_and_cannot_be_carried(connected: Any, way: options._Reader) -> None:
-    sock, _ = connected("4")
+def ebpf_filter() -> int:
+    """A descriptor of an eBPF socket filter that lets everything pass."""
     licence, code = ctypes.create_string_buffer(b"GPL"), bpf.put(0, -1) + bpf.leave()
     source = ctypes.create_string_buffer(code)
     attributes = struct.pack("=IIQQ24x", 1, 2, ctypes.addressof(source), ctypes.addressof(licence))
     try:
-        program = bpf._bpf(5, attributes)  # BPF_PROG_LOAD of BPF_PROG_TYPE_SOCKET_FILTER
+        return bpf._bpf(5, attributes)  # BPF_PROG_LOAD of BPF_PROG_TYPE_SOCKET_FILTER
     except PermissionError:
         pytest.skip("needs CAP_BPF in the initial user namespace")
-    sock.setsockopt(socket.SOL_SOCKET, 50, program)
+
+
+def test_an_ebpf_filter_is_seen_and_cannot_be_carried(connected: Any, way: options._Reader) -> None:
+    sock, _ = connected("4")
+    program = ebpf_filter()
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_BPF, program)
     os.close(program)
     assert options.read(sock)["SO_ATTACH_BPF"] == 1
+
+
+def test_filters_are_told_apart_however_alike_the_sockets_are(connected: Any, way: options._Reader) -> None:
+    socks = [connected("4")[1] for _ in range(5)]
+    program = ebpf_filter()
+    socks[0].setsockopt(socket.SOL_SOCKET, SO_ATTACH_BPF, program)
+    os.close(program)
+    filters = [struct.pack(">HBBI", 0x06, 0, 0, most) for most in (1000, 2000, 3000)]  # accept so many bytes
+    for sock, code in zip(socks[1:], filters, strict=False):
+        option_values.put(sock, BY_NAME["SO_ATTACH_FILTER"], code)
+    for order in (1, -1):
+        way.memory.until = 0.0
+        found = options.read_many(socks[::order])[::order]
+        assert [one.get("SO_ATTACH_FILTER") for one in found] == [None, *filters, None]
+        assert [one.get("SO_ATTACH_BPF") for one in found] == [1, None, None, None, None]
 
 
 def test_a_long_filter_moves_whole(connected: Any, way: options._Reader) -> None:
