@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 from migrate import quiet
 from migrate.checkpoint import check, dump, obstacle, release, thaw
-from migrate.cli import selector
-from migrate.cli.guard import Guard, linger
+from migrate.cli import holds, selector
+from migrate.cli.epochs import memory
+from migrate.cli.guard import Guard
 from migrate.cli.main import PARTIAL
 from migrate.cli.output import Output
 from migrate.cli.recordfile import RecordFile
@@ -25,8 +26,6 @@ from migrate.kernel.priority import undisturbed
 
 __all__ = ["add_arguments", "run"]
 
-_MARGIN = 30.0  # seconds by which the kernel's own timeout of a hold outlasts the guard's
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Selectors, where to, and how."""
@@ -37,23 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hold",
         metavar="SECONDS",
-        type=_seconds,
+        type=holds.seconds,
         default=60.0,
         help="afterwards, keep this host from answering the peer that long (60)",
     )
     parser.add_argument(
         "--when-quiet",
         metavar="SECONDS",
-        type=_seconds,
+        type=holds.seconds,
         help="wait, at most that long, until the owner has answered everything it has read",
     )
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 86400 seconds")
-    return value
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
@@ -99,12 +91,14 @@ def _take(
                 opened.callback(os.close, processes[owner.pid])
             sock = opened.enter_context(socket.socket(fileno=pidfd.get_fd(processes[owner.pid], owner.fd)))
             check(sock)
+            if _frozen(sock):
+                raise Refused("it is frozen already", hint="another program is moving it, or died while it did")
         except Error as error:
             failures.append((name, error))
             continue
-        if len(owners) > 1:
+        if len({owner.pid for owner in owners}) > 1:
             others = ", ".join(f"{o.comm} (pid {o.pid}, fd {o.fd})" for o in owners)
-            output.warn(f"{name} has several owners, all lose it: {others}")
+            output.warn(f"{name} has several owners, and all of them lose it: {others}")
         sockets[connection.four_tuple] = sock
     return sockets
 
@@ -116,24 +110,32 @@ def _save(
     failures: list[tuple[str, Error]],
 ) -> list[FourTuple]:
     """Freeze and write; the connections saved."""
+    holds.refuse_moving(sockets)
+    names = _names(sockets, output)
+    name, seconds = holds.new_name(), arguments.hold
     with RecordFile(arguments.output) as file:
-        hold = Hold(timeout=arguments.hold + _MARGIN)
+        guard = Guard(lambda told: _finish(told or file.committed(), sockets, name, file, seconds))
         try:
-            guard = Guard(lambda told: _finish(told or file.committed(), sockets, hold, file, arguments.hold))
-        except Error:
-            hold.lift()
-            raise
-        try:
-            records = _freeze(sockets, hold, arguments.when_quiet, output, failures)
-            if records and not arguments.leave_running:
-                file.write(records)
-                file.commit()
-                guard.commit()
-                _release([sockets[record.four_tuple] for record in records])
+            with Hold(name=name, timeout=seconds + holds.MARGIN) as hold:
+                try:
+                    records = _freeze(sockets, hold, arguments.when_quiet, output, failures)
+                    for record in records:
+                        record.id, record.epoch = names.get(record.four_tuple, (b"", 0))
+                    if records and not arguments.leave_running:
+                        file.write(records)
+                        file.commit()
+                finally:
+                    if file.committed():
+                        guard.commit()
+                        _release(sockets.values())
+                        hold.disown()
+                    else:
+                        _thaw(sockets.values())
         finally:
-            # The guard finishes: with a commit it keeps the hold, without it thaws, replays what arrived, and ends.
-            hold.disown()
-            guard.dismiss(wait=arguments.leave_running or not file.committed())
+            if file.committed():
+                guard.leave()
+            else:
+                guard.dismiss()
         if records and arguments.leave_running:
             file.write(records)
             file.commit()
@@ -148,22 +150,31 @@ def _save(
     return [record.four_tuple for record in records]
 
 
+def _names(sockets: dict[FourTuple, socket.socket], output: Output) -> dict[FourTuple, tuple[bytes, int]]:
+    """Ids and epochs for the records, while there is time."""
+    seen = memory(output)
+    if seen is None:
+        return {}
+    with contextlib.closing(seen):
+        return dict(zip(sockets, seen.name(list(sockets.values())), strict=True))
+
+
 def _finish(
-    committed: bool, sockets: dict[FourTuple, socket.socket], hold: Hold, file: RecordFile, seconds: float
+    committed: bool, sockets: dict[FourTuple, socket.socket], name: str, file: RecordFile, seconds: float
 ) -> None:
     """In the guard, once the dump is over or dead: with complete records in their place release, without them thaw."""
-    frozen = [sock for sock in sockets.values() if _frozen(sock)]
+    hold = holds.adopt(name)
     if committed:
-        _release(frozen)
+        _release(sockets.values())
         for sock in sockets.values():
             sock.close()
         file.close()
-        linger(hold, seconds)
+        if hold is not None:
+            holds.linger(hold, seconds)
     else:
-        for sock in frozen:
-            with contextlib.suppress(Error):  # one connection's failure must not keep the others frozen
-                thaw(sock)
-        hold.lift()
+        _thaw(sockets.values())
+        if hold is not None:
+            hold.lift()
         file.remove()
 
 
@@ -173,10 +184,16 @@ def _frozen(sock: socket.socket) -> bool:
     return False
 
 
-def _release(sockets: Sequence[socket.socket]) -> None:
+def _thaw(sockets: Iterable[socket.socket]) -> None:
+    for sock in filter(_frozen, sockets):
+        with contextlib.suppress(Error):  # one connection's failure must not keep the others frozen
+            thaw(sock)
+
+
+def _release(sockets: Iterable[socket.socket]) -> None:
     # The owner wakes up at once. If it ran before repair mode is left, it would see EPERM instead of ECONNABORTED.
     with undisturbed():
-        for sock in sockets:
+        for sock in filter(_frozen, sockets):
             with contextlib.suppress(Error):
                 release(sock)
 

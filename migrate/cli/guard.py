@@ -1,25 +1,22 @@
-"""A second process that finishes or undoes what a verb began, whatever happens to the first.
+"""A second process that finishes or undoes what a verb began, should the verb be killed.
 
-It is forked before anything is touched, so it shares the sockets and the hold, and listens on a pipe. When the pipe
-closes, because the verb is done or because it died, the guard runs ``finish`` and ends. The guard has a session of its
-own, ignores the terminal's signals and keeps no stream of its parent open.
+It is forked before anything is touched, so it shares the sockets, and listens on a pipe. When the pipe closes without
+the word that nothing is left to do, the guard runs ``finish`` and ends. The guard has a session of its own, ignores the
+terminal's signals and keeps no stream of its parent open.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
-import time
 from collections.abc import Callable
 
 from migrate.errors import from_oserror
-from migrate.hold import Hold
 
-__all__ = ["Guard", "linger"]
+__all__ = ["Guard"]
 
-_WORD = b"c"
+_COMMITTED, _DONE = b"c", b"d"
 
 
 class Guard:
@@ -36,25 +33,31 @@ class Guard:
         if self.pid == 0:
             try:
                 os.close(self._pipe)
-                finish(_listen(listens))
+                said = _listen(listens)
+                if not said.endswith(_DONE):
+                    finish(said == _COMMITTED)
             finally:
                 os._exit(0)
         os.close(listens)
 
     def commit(self) -> None:
         """Tell the guard that the point of no return is passed."""
-        os.write(self._pipe, _WORD)
+        os.write(self._pipe, _COMMITTED)
 
-    def dismiss(self, *, wait: bool) -> None:
-        """This process is done: the guard does what is left, by itself, or while we wait for its end."""
+    def leave(self) -> None:
+        """This process is through with it: the guard does by itself what is left."""
         os.close(self._pipe)
-        if wait:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(self.pid, 0)
+
+    def dismiss(self) -> None:
+        """Nothing is left to do: the guard ends."""
+        os.write(self._pipe, _DONE)
+        os.close(self._pipe)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
 
 
-def _listen(pipe: int) -> bool:
-    """Until the other end closes; whether the word was said."""
+def _listen(pipe: int) -> bytes:
+    """Until the other end closes; what was said."""
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
@@ -64,13 +67,4 @@ def _listen(pipe: int) -> bool:
     said = b""
     while word := os.read(pipe, 64):
         said += word
-    return said.endswith(_WORD)
-
-
-def linger(hold: Hold, seconds: float) -> None:
-    """Keep the hold that long, reading away what it keeps: nobody here will want it."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        select.select([hold], (), (), left)
-        hold.discard()
-    hold.lift()
+    return said

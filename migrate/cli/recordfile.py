@@ -1,24 +1,28 @@
 """The file that `tcpmig dump` makes: complete and in its place, or not there at all.
 
-The name is claimed at once with an empty file, so that nobody's record is overwritten; the records go to a file
-beside it, reach the disk, and take the name by rename(2). That rename is the commit point of a dump.
+The records are written to a file without a name (O_TMPFILE), reach the disk, and then get the name by linkat(2), which
+never replaces anything. That link is the commit point of a dump; whoever dies before it leaves no trace. Where the file
+system knows no such files (NFS, for one), a name beside the real one takes their part.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from migrate.errors import Error, UsageError, from_oserror
+from migrate.errors import Error, HostError, PrivilegeError, UsageError, from_oserror
 from migrate.ici import Ici, write_records
 
 __all__ = ["RecordFile"]
 
 _MODE = 0o600
+_WITHOUT_TMPFILE = errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS
+_WITHOUT_LINKS = errno.EOPNOTSUPP, errno.EPERM
 
 
 class RecordFile:
@@ -26,82 +30,101 @@ class RecordFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._beside = None if path == "-" else Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+        self._beside: str | None = None
+        self._directory = self._descriptor = -1
         self._done = False
-        if self._beside is None:
+        if path == "-":
             self._descriptor = os.dup(sys.stdout.fileno())
             return
+        if os.path.lexists(path):
+            raise self._exists()
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, _MODE))
-        except FileExistsError:
-            raise UsageError(
-                f"{path!r} exists, and may hold the only copy of a connection", hint="give another name, or remove it"
-            ) from None
+            self._directory = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._descriptor = self._open()
         except OSError as error:
+            self.close()
             raise self._failed(error) from None
+
+    def _open(self) -> int:
+        directory = f"/proc/self/fd/{self._directory}"
         try:
-            self._descriptor = os.open(self._beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, _MODE)
+            return os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, _MODE)
         except OSError as error:
-            os.unlink(path)
-            raise self._failed(error) from None
+            if error.errno not in _WITHOUT_TMPFILE:
+                raise
+        beside = f".{Path(self.path).name}.{os.getpid()}"
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+        descriptor = os.open(beside, flags, _MODE, dir_fd=self._directory)
+        self._beside = beside
+        return descriptor
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.committed():
-            self.remove()
+        self.remove()
         self.close()
 
     def close(self) -> None:
-        """The descriptor; the file stays as it is."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """The descriptors; the file stays as it is. Again does nothing."""
+        for descriptor in (self._descriptor, self._directory):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptor = self._directory = -1
 
     def write(self, records: Iterable[Ici]) -> None:
         """All records, down to the disk. Raises KernelError: no space, for one."""
         try:
             write_records(self._descriptor, records)
-            if self._beside is not None:
+            if self._directory >= 0:
                 os.fsync(self._descriptor)
         except OSError as error:
             raise self._failed(error) from None
 
     def commit(self) -> None:
-        """From here the records are safe and the connections theirs."""
-        if self._beside is not None:
+        """From here the records are safe and the connections theirs. Raises UsageError if the name is taken by now."""
+        if self._directory >= 0:
+            # With a descriptor of a directory it is linkat(2), which follows the link in /proc.
+            source = self._beside or f"/proc/self/fd/{self._descriptor}"
             try:
-                os.rename(self._beside, self.path)
+                os.link(source, Path(self.path).name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            except FileExistsError:
+                raise self._exists() from None
             except OSError as error:
                 raise self._failed(error) from None
-            self._sync_directory()
+            self.remove()
+            # Some file systems cannot sync a directory; the name is in its place all the same.
+            with contextlib.suppress(OSError):
+                os.fsync(self._directory)
         self._done = True
 
     def committed(self) -> bool:
         """Whether the file has its name; another process that shares the open file sees it too."""
-        if self._beside is None:
+        if self._directory < 0:
             return self._done
         try:
-            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+            return os.path.samestat(
+                os.fstat(self._descriptor), os.stat(Path(self.path).name, dir_fd=self._directory, follow_symlinks=False)
+            )
         except OSError:
             return False
 
     def remove(self) -> None:
         """What an uncommitted file leaves in the directory."""
-        if self._beside is not None:
-            for path in (self._beside, self.path):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+        if self._beside is not None and self._directory >= 0:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._beside, dir_fd=self._directory)
 
-    def _sync_directory(self) -> None:
-        directory = os.open(Path(self.path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            # Some file systems cannot sync a directory; the name is in its place all the same.
-            with contextlib.suppress(OSError):
-                os.fsync(directory)
-        finally:
-            os.close(directory)
+    def _exists(self) -> UsageError:
+        return UsageError(
+            f"{self.path!r} exists, and may hold the only copy of a connection", hint="give another name, or remove it"
+        )
 
     def _failed(self, error: OSError) -> Error:
-        return from_oserror(f"writing {self.path!r}", error, hint="nothing was taken: the connections go on here")
+        what = f"writing {self.path!r}"
+        if self._descriptor >= 0 and error.errno in _WITHOUT_LINKS:
+            return HostError(f"{what}: its file system can give no file a second name", hint="write to another one")
+        hint = "nothing was taken: the connections go on here"
+        if isinstance(error, PermissionError):
+            return PrivilegeError(f"{what}: not permitted", hint=hint)
+        return from_oserror(what, error, hint=hint)

@@ -5,28 +5,31 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import select
+import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 from migrate.adopt import Adopter, Adoption
 from migrate.adopt.child import ChildAdoption, InetdAdopter, SystemdAdopter
 from migrate.adopt.relay import RelayAdopter
-from migrate.cli.guard import Guard, linger
+from migrate.adopt.spawner import Gate, Spawner
+from migrate.cli import holds
+from migrate.cli.epochs import Epochs, memory
+from migrate.cli.guard import Guard
 from migrate.cli.main import PARTIAL
 from migrate.cli.output import Output
 from migrate.cli.show import opened
 from migrate.cli.steering import vip
-from migrate.errors import Error, UsageError
+from migrate.errors import Conflict, Error, UsageError
 from migrate.hold import Hold
-from migrate.ici import Ici, read_records
-from migrate.restore import activate, restore
+from migrate.ici import FourTuple, Ici, read_records
+from migrate.kernel.diag import SockDiag
+from migrate.restore import Restored, activate, discard, restore
 
 __all__ = ["add_arguments", "run"]
 
-_HOLD = 60.0  # seconds
-_MARGIN = 30.0  # seconds by which the kernel's own timeout of a hold outlasts the guard's
+Failures = list[tuple[Ici, Error]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steer", metavar="vip:DEV", help="first let the connections' addresses come to that device")
     parser.add_argument("--hold-open", action="store_true", help="own the connections, doing nothing, until they end")
     parser.add_argument("--detach", action="store_true", help="do not wait for the commands to end")
+    parser.add_argument("--again", action="store_true", help="also records that were restored here before")
+    parser.add_argument(
+        "--hold",
+        metavar="SECONDS",
+        type=holds.seconds,
+        default=60.0,
+        help="what cannot be restored may be tried again: keep this host from answering its peer that long (60)",
+    )
     parser.set_defaults(command=[])
     parser.usage = "%(prog)s [-h] [OPTION ...] FILE [-- CMD ...]"
     parser.epilog = "-- CMD ... is run once a connection, with the socket as its standard input and output (inetd)."
@@ -47,93 +58,201 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Restore silently, hand over, activate, replay."""
     adopter = _adopter(arguments)
-    if adopter is not None:
-        adopter.check()
+    adopter.check()
     with opened(arguments.file) as file:
         records = list(read_records(file))
     if not records:
         raise UsageError(f"{arguments.file!r} holds no record")
     steering = None if arguments.steer is None else vip(arguments.steer)
-    hold = Hold((record.four_tuple for record in records), timeout=_HOLD + _MARGIN)
-    try:
-        # If this process is killed half-way, the peers are kept waiting so that the file can be restored again.
-        guard = Guard(lambda done: None if done else linger(hold, _HOLD))
-    except Error:
-        hold.lift()
-        raise
-    restored: list[tuple[Ici, socket.socket]] = []
-    failures: list[tuple[Ici, Error]] = []
-    with ExitStack() as opened_sockets:
-        try:
+    failures: Failures = []
+    with ExitStack() as kept:
+        seen = memory(output)
+        if seen is not None:
+            kept.enter_context(contextlib.closing(seen))
+        wanted = list(_usable(records, None if arguments.again else seen, failures))
+        holds.refuse_moving([record.four_tuple for record in wanted])
+        restored: dict[FourTuple, tuple[Ici, Restored]] = {}
+        adoptions: Sequence[Adoption] = ()
+        with _held(wanted, restored, arguments.hold) as hold:
             if steering is not None:
-                steering.take({record.four_tuple for record in records})
-            for record in records:
+                steering.take({record.four_tuple for record in wanted})
+            for record in wanted:
                 try:
-                    sock = restore(record, activate=False)
+                    sock = _silent(record)
                 except Error as error:
                     failures.append((record, error))
                     continue
-                restored.append((record, sock))
-                opened_sockets.callback(sock.close)
-            children = _hand_over(adopter, [sock for _, sock in restored], hold)
-        finally:
-            hold.lift()
-            guard.commit()
-            guard.dismiss(wait=True)
-        for record, _ in restored:
-            output.data(f"{record.four_tuple}: restored", {"connection": str(record.four_tuple), "ok": True})
-        for record, failure in failures:
-            name = str(record.four_tuple)
-            output.data(f"{name}: {failure}", {"connection": name, "ok": False, "reason": str(failure)})
-        if adopter is None:
-            _keep_open([sock for _, sock in restored])
+                kept.callback(sock.close)
+                restored[record.four_tuple] = record, sock
+            if hold is not None and restored:
+                adoptions = _hand_over(adopter, restored, hold, failures)
+            if seen is not None:
+                seen.live(restored.values())
+        for record, sock in restored.values():
+            if sock.unset:
+                output.warn(f"{record.four_tuple}: this host could not set {', '.join(sorted(set(sock.unset)))}")
+    _report(restored, failures, output)
     if not arguments.detach:
-        _wait(children)
+        _wait(adoptions)
     if not failures:
         return 0
     return PARTIAL if restored else max(error.exit_code for _, error in failures)
 
 
-def _adopter(arguments: argparse.Namespace) -> Adopter | None:
-    """Who owns them; None is this process."""
+def _adopter(arguments: argparse.Namespace) -> Adopter:
+    """Who owns them."""
     ways = [bool(arguments.command), arguments.relay is not None, arguments.hold_open]
     if sum(ways) != 1 or (arguments.systemd and not arguments.command):
         raise UsageError(
             "who shall own the connections?", hint="exactly one of: [--systemd] -- CMD, --relay HOST:PORT, --hold-open"
         )
     if arguments.hold_open:
-        return None
+        return _Keeper()
     if arguments.relay is not None:
         return RelayAdopter(arguments.relay, session=arguments.detach)
     style = SystemdAdopter if arguments.systemd else InetdAdopter
     return style(arguments.command, session=arguments.detach)
 
 
-def _hand_over(adopter: Adopter | None, sockets: list[socket.socket], hold: Hold) -> Sequence[Adoption]:
+class _Keeper:
+    """A process that owns connections and does nothing; they outlive a command that is killed."""
+
+    def check(self) -> None:
+        self.spawner = Spawner()
+
+    def adopt(self, sockets: Sequence[socket.socket]) -> Sequence[Adoption]:
+        return [_Kept(self.spawner, self.spawner.keep(sockets))]
+
+
+class _Kept:
+    """What a keeper has."""
+
+    def __init__(self, spawner: Spawner, gate: Gate) -> None:
+        self.pid = spawner.pid
+        self._spawner, self._gate = spawner, gate
+
+    def go(self) -> None:
+        self._gate.go()
+        self._end()
+
+    def abort(self) -> None:
+        self._gate.abort()
+        self._end()
+
+    def _end(self) -> None:
+        os.close(self._gate.status)
+        self._spawner.close()
+
+
+def _usable(records: Iterable[Ici], seen: Epochs | None, failures: Failures) -> Iterator[Ici]:
+    """Those whose connection is not here and was not."""
+    known = set()
+    with SockDiag() as diag:
+        for record in records:
+            name = record.four_tuple
+            refused = None if seen is None else seen.refusal(record)
+            if name in known:
+                refused = Conflict(f"{name}: the file has two records of it", hint="restore them one after the other")
+            elif diag.find(name):
+                refused = Conflict(f"{name}: this connection exists here already", hint="tcpmig list shows its owner")
+            known.add(name)
+            if refused is None:
+                yield record
+            else:
+                failures.append((record, refused))
+
+
+@contextlib.contextmanager
+def _held(
+    records: Sequence[Ici], restored: dict[FourTuple, tuple[Ici, Restored]], seconds: float
+) -> Iterator[Hold | None]:
+    """The connections are held meanwhile, and after it those that did not come to life: their peers shall wait."""
+    if not records:
+        yield None
+        return
+    name, tuples = holds.new_name(), [record.four_tuple for record in records]
+    guard = Guard(lambda _: _keep_waiting(name, seconds))
+    failed = True
+    try:
+        with Hold(tuples, name=name, timeout=seconds + holds.MARGIN) as hold:
+            try:
+                holds.release_others(tuples)
+                yield hold
+                failed = len(restored) < len(records)
+            finally:
+                if failed:
+                    with contextlib.suppress(Error):
+                        hold.remove(list(restored))
+                    hold.disown()
+    finally:
+        if failed:
+            guard.leave()
+        else:
+            guard.dismiss()
+
+
+def _keep_waiting(name: str, seconds: float) -> None:
+    hold = holds.adopt(name)
+    if hold is not None:
+        holds.linger(hold, seconds)
+
+
+def _silent(record: Ici) -> Restored:
+    sock = restore(record, activate=False)
+    assert isinstance(sock, Restored)
+    return sock
+
+
+def _hand_over(
+    adopter: Adopter, restored: dict[FourTuple, tuple[Ici, Restored]], hold: Hold, failures: Failures
+) -> Sequence[Adoption]:
     """Give silent sockets to their owner, activate them, replay what arrived, let the owner run."""
-    adoptions: Sequence[Adoption] = () if adopter is None or not sockets else adopter.adopt(sockets)
-    for sock in sockets:
-        activate(sock)
-    hold.replay()
-    for adoption in adoptions:
-        adoption.go()
+    everyone = list(restored.values())
+    adoptions = adopter.adopt([sock for _, sock in everyone])
+    for record, sock in everyone:
+        try:
+            activate(sock)
+        except Error as error:
+            _failed(record, sock, error, restored, failures)
+    hold.replay(list(restored))
+    for position, adoption in enumerate(adoptions):
+        try:
+            adoption.go()
+        except Error as error:
+            for record, sock in [everyone[position]] if len(adoptions) == len(everyone) else everyone:
+                _failed(record, sock, error, restored, failures)
     return adoptions
 
 
-def _keep_open(sockets: Sequence[socket.socket]) -> None:
-    """Until the peers have closed, or a signal ends this process (which closes them)."""
-    poll = select.poll()
-    for sock in sockets:
-        poll.register(sock, select.POLLRDHUP)
-    left = len(sockets)
-    while left:
-        for descriptor, _ in poll.poll():
-            poll.unregister(descriptor)
-            left -= 1
+def _failed(
+    record: Ici, sock: Restored, error: Error, restored: dict[FourTuple, tuple[Ici, Restored]], failures: Failures
+) -> None:
+    if restored.pop(record.four_tuple, None):
+        failures.append((record, error))
+    discard(sock)
 
 
-def _wait(children: Sequence[Adoption]) -> None:
-    for child in children:
-        if isinstance(child, ChildAdoption):
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(child.pid, 0)
+def _report(restored: dict[FourTuple, tuple[Ici, Restored]], failures: Failures, output: Output) -> None:
+    for four_tuple in restored:
+        output.data(f"{four_tuple}: restored", {"connection": str(four_tuple), "ok": True})
+    for record, error in failures:
+        name = str(record.four_tuple)
+        output.data(
+            str(error) if name in error.what else f"{name}: {error}",
+            {"connection": name, "ok": False, "reason": str(error)},
+        )
+
+
+def _wait(adoptions: Sequence[Adoption]) -> None:
+    """Until the commands have ended; what merely keeps connections open goes with this process."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for child in adoptions:
+            if isinstance(child, ChildAdoption | _Kept):
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(child.pid, 0)
+    except KeyboardInterrupt:
+        for child in adoptions:
+            if isinstance(child, _Kept):
+                os.kill(child.pid, signal.SIGKILL)
+        raise
