@@ -19,7 +19,7 @@ from typing import NoReturn
 from migrate.errors import HostError, UsageError, from_oserror
 from migrate.kernel import sockopt
 
-__all__ = ["LISTEN_FDS_START", "ChildAdoption", "InetdAdopter", "SystemdAdopter"]
+__all__ = ["LISTEN_FDS_START", "ChildAdoption", "InetdAdopter", "SystemdAdopter", "become"]
 
 LISTEN_FDS_START = 3  # sd_listen_fds(3)
 _DESCRIPTOR_LIMIT = 1 << 30
@@ -40,7 +40,7 @@ class ChildAdoption:
                 os.close(descriptor)
             raise from_oserror("starting a child", error) from None
         if self.pid == 0:
-            _become(command, [sock.fileno() for sock in sockets], waits, status, systemd=systemd, session=session)
+            become(command, [sock.fileno() for sock in sockets], waits, status, systemd=systemd, session=session)
         os.close(waits)
         os.close(status)
         self._command = command[0]
@@ -67,10 +67,14 @@ class ChildAdoption:
         os.close(self._word)
 
 
-def _become(
+def become(
     command: Sequence[str], descriptors: list[int], waits: int, status: int, *, systemd: bool, session: bool
 ) -> NoReturn:
-    """In the child: wait, then be the command. Never returns, whatever happens."""
+    """In the child: wait at the gate, then be the command. Never returns, whatever happens.
+
+    ``waits`` says b"g"; if it closes without, what is still silent is left out. What keeps the command from running is
+    written to ``status``.
+    """
     try:
         # Every other copy of a word pipe's writing end that this child inherited would hide the parent's death.
         keep = sorted({2, waits, status, *descriptors})
@@ -78,8 +82,10 @@ def _become(
             os.closerange(low + 1, high)
         if session:
             os.setsid()
-        if os.read(waits, 1) != b"g" and _silent(descriptors):
-            os._exit(0)
+        if os.read(waits, 1) != b"g":
+            descriptors = [descriptor for descriptor in descriptors if not _silent(descriptor)]
+            if not descriptors:
+                os._exit(0)
         environment = _place(descriptors, systemd=systemd)
         for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -94,9 +100,9 @@ def _become(
         os._exit(127)
 
 
-def _silent(descriptors: list[int]) -> bool:
-    with socket.socket(fileno=os.dup(descriptors[0])) as first:
-        return sockopt.in_repair(first)
+def _silent(descriptor: int) -> bool:
+    with socket.socket(fileno=os.dup(descriptor)) as sock:
+        return sockopt.in_repair(sock)
 
 
 def _hush(descriptor: int) -> None:

@@ -26,6 +26,10 @@ VERBS = {
     "dump": "take connections out of running processes, into a file",
     "show": "what a file of records says",
     "restore": "bring the connections of a file back to life",
+    "agent": "the daemon that moves connections between hosts",
+    "migrate": "move connections to another agent's host",
+    "drain": "move everything that can move to other agents' hosts",
+    "watch": "what this host's agent does, as it happens",
     "demo": "three hosts in namespaces, real traffic, a migration, a picture",
     "completion": "print a shell's completion script",
 }

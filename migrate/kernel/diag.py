@@ -170,20 +170,8 @@ class SockDiag:
         over those that are bound to a device.
         """
         local, local_port, remote, remote_port = four_tuple
-        request = _REQUEST.pack(
-            socket.AF_INET if len(local) == 4 else socket.AF_INET6,
-            socket.IPPROTO_TCP,
-            extensions,
-            _EVERY_STATE,
-            local_port.to_bytes(2, "big"),
-            remote_port.to_bytes(2, "big"),
-            local,
-            remote,
-            0,
-            NO_COOKIE,
-        )
         try:
-            found = self._ask(NLM_F_REQUEST, request)
+            found = self._ask(NLM_F_REQUEST, _exactly(four_tuple, extensions))
         except FileNotFoundError:
             found = {}
         except OSError as error:
@@ -193,6 +181,19 @@ class SockDiag:
                 return connection
         here, there = Endpoint(local, local_port), Endpoint(remote, remote_port)
         return next(iter(self.list_connections(local=here, remote=there, extensions=extensions)), None)
+
+    def exists(self, four_tuple: FourTuple) -> bool:
+        """Whether that connection is here: the exact look-up alone, some 6 µs, which passes over sockets that are bound
+        to a device. Raises HostError, KernelError.
+        """
+        try:
+            found = self._ask(NLM_F_REQUEST, _exactly(four_tuple, 0))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise _explained(error) from None
+        # Where no connection is, the kernel gives the listener that would get the segment.
+        return any(connection.four_tuple == four_tuple for connection in found.values())
 
     def _dump(self, family: int, states: int, extensions: int, program: bytes) -> dict[int, Connection]:
         number = socket.AF_INET if family == 4 else socket.AF_INET6
@@ -259,6 +260,23 @@ def list_connections(
     """`SockDiag.list_connections` in this thread's network namespace."""
     with SockDiag() as diag:
         return diag.list_connections(states=states, local=local, remote=remote, family=family, extensions=extensions)
+
+
+def _exactly(four_tuple: FourTuple, extensions: int) -> bytes:
+    """The question for one connection, in whatever state."""
+    local, local_port, remote, remote_port = four_tuple
+    return _REQUEST.pack(
+        socket.AF_INET if len(local) == 4 else socket.AF_INET6,
+        socket.IPPROTO_TCP,
+        extensions,
+        _EVERY_STATE,
+        local_port.to_bytes(2, "big"),
+        remote_port.to_bytes(2, "big"),
+        local,
+        remote,
+        0,
+        NO_COOKIE,
+    )
 
 
 def find(four_tuple: FourTuple, *, extensions: int = 0) -> Connection | None:

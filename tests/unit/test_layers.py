@@ -23,10 +23,13 @@ LAYERS = (
     "fourtuple",
     "ici",
     "kernel",
+    "unconnected",
     "checkpoint",
+    "bulk",
     "restore",
     "hold",
     "quiet",
+    "selection",
     "steer",
     "adopt",
     "handoff",
@@ -46,6 +49,7 @@ KERNEL_NEIGHBOURS = {
     "nft_table": {"nf_tables", "nfnetlink"},
     "nft": {"nf_tables", "nft_table", "nflog"},
     "option_values": {"option_table"},
+    "snapshot": {"bpf", "btf"},
     "options": {"fingerprint", "option_table", "option_values"},
 }
 PROBE = "probe"

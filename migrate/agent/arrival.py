@@ -1,0 +1,280 @@
+"""Carries out what the destination's machines want: connections come to this host."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from migrate.adopt.spawner import Gate
+from migrate.agent.adoption import Rule
+from migrate.agent.driver import Driver, Handoff, Host, tuples_of
+from migrate.agent.engine import Again, Batch, Stream
+from migrate.agent.logging import get_logger
+from migrate.agent.steering import address_of
+from migrate.errors import Conflict, Error, HostError
+from migrate.fourtuple import FourTuple
+from migrate.handoff import commands as do
+from migrate.handoff.destination import DestinationHandoff
+from migrate.handoff.events import Checked, Event, Restarted, Restored
+from migrate.handoff.ids import Connection
+from migrate.handoff.messages import Message
+from migrate.ici import Ici
+from migrate.kernel import sockopt, uapi
+from migrate.kernel.diag import SockDiag
+from migrate.kernel.segment import four_tuple
+from migrate.restore import activate, discard, restore
+
+__all__ = ["Arrival", "Arrivals"]
+
+_EXISTS = "this connection exists at the destination already"
+
+_log = get_logger(__name__)
+
+
+class Arrival(Handoff):
+    """One batch on its way here. ``source`` is where its agent speaks from, "HOST:PORT" or "unix:…"."""
+
+    def __init__(self, machine: DestinationHandoff, driver: Arrivals) -> None:
+        super().__init__(machine, driver)
+        self.source = ""
+        self.gates: list[Gate] = []
+        self.cookies: dict[int, bytes] = {}
+        self.active = False
+
+
+class Arrivals(Driver):
+    """All batches on their way here, by the authenticated name of the source, and id."""
+
+    batches: dict[tuple[str, bytes], Arrival]  # type: ignore[assignment]
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self._checking: dict[bytes, Arrival] = {}
+        self._diag = SockDiag()
+        self.handlers |= {
+            do.Check: self._check,
+            do.Carry: self._carry,
+            do.RestoreSilent: self._restore,
+            do.Rebuild: self._rebuild,
+            do.Discard: self._discard,
+            do.Replay: self._replay,
+            do.Adopt: self._adopt,
+            do.Activate: self._activate,
+            do.Steer: self._steer,
+        }
+
+    def close(self) -> None:
+        """Close what is open, without a word to any peer."""
+        self._diag.close()
+        for batch in self.batches.values():
+            for sock in batch.sockets.values():
+                discard(sock)
+
+    def recover(self, row: do.Row) -> None:
+        """A batch of an earlier agent."""
+        batch = self.batches[row.peer, row.batch] = Arrival(DestinationHandoff.recover(row, self.host.times), self)
+        self.host.metrics.batches("destination", 1)
+        self.host.holds.claim(row.batch, tuples_of(row.connections))
+        self.host.engine.give(batch, Restarted())
+
+    def heard(self, stream: Stream, source: str, message: Message) -> None:
+        """What a source says, on ``stream`` from the address ``source``."""
+        key = stream.peer, message.batch
+        batch = self.batches.get(key)
+        if batch is None:
+            host = self.host
+            registry = host.registry.identity if host.registry is not None else ""
+            machine = DestinationHandoff(
+                message.batch, stream.peer, journal=host.journal.identity, registry=registry, times=host.times
+            )
+            batch = self.batches[key] = Arrival(machine, self)
+            host.metrics.batches("destination", 1)
+        batch.stream, batch.source = stream, source
+        self.host.engine.give(batch, message)
+
+    def ended(self, batch: Batch) -> None:
+        """See `engine.Performer`."""
+        key = batch.machine.peer, batch.machine.batch
+        known = self.batches.pop(key, None)
+        if known is not None:
+            for sock in known.sockets.values():
+                discard(sock)
+            self.host.metrics.batches("destination", -1)
+            if not self.batches:
+                with contextlib.suppress(Error):
+                    self.host.carrier.drop_unused()
+
+    def _check(self, batch: Arrival, command: do.Check) -> Checked:
+        refused = self.host.journal.conflicts(command.connections)
+        left = _descriptors_left()
+        for connection in command.connections:
+            if connection.id in refused:
+                continue
+            why = self.host.adopters.refusal(connection.four_tuple)
+            if why is None and self._diag.exists(connection.four_tuple):
+                why = _EXISTS
+            if why is None and left <= 0:
+                why = "the destination has no descriptor left for it"
+            if why is not None:
+                refused[connection.id] = why
+            left -= 1
+        return Checked(refused)
+
+    def _carry(self, batch: Arrival, command: do.Carry) -> None:
+        self.host.carrier.carry({each.local for each in tuples_of(command.connections)})
+
+    def _restore(self, batch: Arrival, command: do.RestoreSilent) -> Event:
+        self.host.metrics.record_bytes("destination", sum(map(len, command.records.values())))
+        return Restored(self._build(batch, command.connections, command.records))
+
+    def _build(
+        self, batch: Arrival, connections: Sequence[Connection], records: Mapping[bytes, bytes]
+    ) -> dict[bytes, str]:
+        refused: dict[bytes, str] = {}
+        for connection in connections:
+            try:
+                record = Ici.decode(records[connection.id])
+                said = record.id, record.epoch, record.four_tuple
+                if said != (connection.id, connection.epoch, connection.four_tuple):
+                    raise Conflict("its record is of another connection")
+                batch.sockets[connection.four_tuple] = restore(record, activate=False)
+            except Error as error:
+                refused[connection.id] = error.what
+        return refused
+
+    def _rebuild(self, batch: Arrival, command: do.Rebuild) -> Again | None:
+        records = self.host.journal.records(batch.machine.batch)
+        try:
+            self.host.carrier.carry({each.local for each in tuples_of(command.connections)})
+        except Error as error:
+            return Again(str(error))
+        missing = []
+        waiting = False
+        for connection in command.connections:
+            if connection.four_tuple in batch.sockets:
+                continue
+            found = self._diag.exists(connection.four_tuple)
+            if not found:
+                missing.append(connection)
+            elif not _speaks(connection.four_tuple):
+                waiting = True  # an adopter that is just closing its gate
+        refused = self._build(batch, missing, records)
+        if refused or waiting:
+            return Again(next(iter(refused.values()), "an adopter still has a silent socket"))
+        return None
+
+    def _discard(self, batch: Arrival, command: do.Discard) -> None:
+        for each in tuples_of(command.connections):
+            sock = batch.sockets.pop(each, None)
+            if sock is not None:
+                discard(sock)
+        self.host.holds.drop(batch.machine.batch, tuples_of(command.connections))
+
+    def _adopt(self, batch: Arrival, command: do.Adopt) -> None:
+        groups: dict[Rule, list[socket.socket]] = {}
+        for connection in command.connections:
+            sock = batch.sockets.get(connection.four_tuple)
+            rule = self.host.adopters.rule_for(connection.four_tuple)
+            if sock is not None and rule is not None:
+                groups.setdefault(rule, []).append(sock)
+                batch.cookies[_cookie(sock)] = connection.id
+        for rule, sockets in groups.items():
+            batch.gates.append(self.host.adopters.adopt(rule, sockets))
+
+    def _replay(self, batch: Arrival, command: do.Replay) -> None:
+        theirs = set(tuples_of(command.connections))
+        packets = [packet for packet in command.kept if _about(packet) in theirs]
+        # A socket that is not active yet would acknowledge what a crash makes it forget: they wait for Activate.
+        self.host.holds.keep(packets)
+        self.host.metrics.kept_packets("destination", len(packets))
+        if batch.active and packets:
+            self.host.holds.replay(list(theirs))
+
+    def _activate(self, batch: Arrival, command: do.Activate) -> None:
+        tuples = tuples_of(command.connections)
+        self.host.holds.open(batch.machine.batch, tuples)
+        for each in tuples:
+            sock = batch.sockets.get(each)
+            if sock is not None:
+                try:
+                    activate(sock)
+                except Error as error:
+                    _log.warning("activation failed", connection=each, why=str(error))
+        batch.active = True
+        try:
+            self.host.holds.replay(tuples)
+        except HostError as error:
+            _log.warning("replay failed", why=str(error))
+        for gate in batch.gates:
+            self._open(gate)
+        batch.gates.clear()
+        batch.close()
+
+    def _open(self, gate: Gate) -> None:
+        self.host.engine.watch(gate.status, partial(self._started, gate.status))
+        try:
+            gate.go()
+        except HostError as error:
+            _log.error("adoption failed", why=str(error))
+
+    def _started(self, status: int) -> None:
+        said = os.read(status, 1024)
+        if said:
+            _log.error("an adopter could not be started", why=said.decode(errors="replace"))
+        else:
+            self.host.engine.unwatch(status)
+            os.close(status)
+
+    def _forget(self, batch: Arrival, command: do.Forget) -> Again | None:  # type: ignore[override]
+        if batch.cookies:
+            self.host.journal.remember(batch.cookies)
+            batch.cookies = {}
+            self.host.metrics.connections("destination", "moved", len(command.moved))
+        return super()._forget(batch, command)
+
+    def _steer(self, batch: Arrival, command: do.Steer) -> None:
+        if not command.steer:
+            return
+        mine = tuples_of(command.connections)
+        refused = [c.four_tuple for c in batch.machine.connections if c.id in batch.machine.refused]
+        try:
+            owner = address_of(batch.source)
+        except HostError:
+            refused, owner = [], b""
+        self.host.steerer.take(command.steer, mine, refused, owner, self.steered(batch))
+
+
+def _about(packet: bytes) -> FourTuple | None:
+    try:
+        return four_tuple(packet)
+    except Error:
+        return None
+
+
+def _cookie(sock: socket.socket) -> int:
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, uapi.SO_COOKIE, 8), "little")
+
+
+def _descriptors_left() -> int:
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft - len(os.listdir("/proc/self/fd")) - 64
+
+
+def _speaks(each: FourTuple) -> bool:
+    """Whether the socket of that connection, at whatever owner, has left repair mode."""
+    from migrate.selection import Selector, Takers, find
+
+    found = next(iter(find(Selector(connection=each))), None)
+    if found is None or not found.owners:
+        return False
+    with Takers() as takers:
+        sockets, _failures = takers.take({each: found.owners})
+    for sock in sockets.values():
+        with sock, contextlib.suppress(OSError):
+            return not sockopt.in_repair(sock)
+    return False

@@ -1,0 +1,98 @@
+"""Addresses that this host answers from and does not announce: on lo, where no neighbour hears of them.
+
+A connection that came here alone needs its local address here, while the address itself stays where it was. What this
+agent put on lo stands in a file of the state directory, since an address tells nobody who added it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from migrate.errors import from_oserror
+from migrate.kernel.diag import SockDiag
+from migrate.kernel.link import Links
+
+__all__ = ["Carrier"]
+
+# Answer neighbours only for addresses of the device that was asked on, and ask them in the name of those.
+_SILENT = {"arp_ignore": "1", "arp_announce": "2"}
+
+
+class Carrier:
+    """Not for several threads. Raises HostError, PrivilegeError, KernelError."""
+
+    def __init__(self, file: Path) -> None:
+        """``file`` remembers what was added, also for the next agent."""
+        self._file = file
+        self._links = Links()
+        self._here: set[bytes] = set()  # addresses that this host is known to have
+        try:
+            self._ours: set[bytes] = set(msgspec.msgpack.decode(file.read_bytes(), type=list[bytes]))
+        except (FileNotFoundError, msgspec.MsgspecError):
+            self._ours = set()
+
+    def close(self) -> None:
+        """What is carried is carried on."""
+        self._links.close()
+
+    def carry(self, addresses: Iterable[bytes]) -> None:
+        """Make these packed addresses ones that sockets here can be bound to."""
+        wanted = set(addresses) - self._here
+        if not wanted:
+            return
+        self._look()
+        self.also(wanted - self._here)
+
+    def also(self, addresses: Iterable[bytes]) -> None:
+        """Have them on lo even if a device has them too, which will lose them."""
+        for address in addresses:
+            self._hush()
+            self._ours.add(address)
+            self._write()
+            self._links.add_address("lo", address)
+            self._here.add(address)
+
+    def forget(self, addresses: Iterable[bytes]) -> None:
+        """These may have left the host, or come to it, by other ways: look again when they are wanted."""
+        self._here.difference_update(addresses)
+
+    def drop_unused(self, wanted: Iterable[bytes] = ()) -> None:
+        """Take from lo what we put there, no connection here uses and nobody wants."""
+        unused = self._ours.difference(wanted)
+        if not unused:
+            return
+        with SockDiag() as diag:
+            used = {each.four_tuple.local for each in diag.list_connections()}
+        for address in unused - used:
+            self._links.remove_address("lo", address)
+            self._ours.discard(address)
+            self._here.discard(address)
+        self._write()
+
+    def _look(self) -> None:
+        self._here = {each.address for each in self._links.addresses() if not each.tentative}
+
+    def _hush(self) -> None:
+        for name, value in _SILENT.items():
+            path = Path("/proc/sys/net/ipv4/conf/all", name)
+            try:
+                if int(path.read_text()) < int(value):
+                    path.write_text(value)
+            except OSError as error:
+                raise from_oserror(f"setting net.ipv4.conf.all.{name}", error) from None
+
+    def _write(self) -> None:
+        aside = self._file.with_name(f".{self._file.name}.new")
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                aside.unlink()
+            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+                file.write(msgspec.msgpack.encode(sorted(self._ours)))
+            aside.rename(self._file)
+        except OSError as error:
+            raise from_oserror(f"writing {self._file}", error) from None

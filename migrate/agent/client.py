@@ -1,0 +1,173 @@
+"""What a program asks of an agent: the calls behind `tcpmig migrate`, `drain` and `watch`.
+
+::
+
+    with Client("unix:/run/tcpmig/agent.sock") as agent:
+        for report in agent.migrate(Selector(local=(b"", 80)), "10.0.0.2:7420", steer="vip:eth0"):
+            ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+import grpc
+import grpc.aio
+from google.protobuf.duration_pb2 import Duration
+
+from migrate.agent.errors import from_rpc_error
+from migrate.agent.options import channel_options
+from migrate.agent.tls import load_channel_credentials
+from migrate.agent.v1 import migration_pb2 as pb
+from migrate.agent.v1 import migration_pb2_grpc, types_pb2
+from migrate.errors import UsageError
+from migrate.fourtuple import FourTuple
+from migrate.selection import Selector
+
+__all__ = ["Client"]
+
+
+class Client:
+    """A channel to one agent: "HOST:PORT" with the client certificate in ``tls``, or "unix:PATH". A context manager.
+
+    Every call raises the error that the agent met, or RemoteError if it cannot be reached.
+    """
+
+    def __init__(self, agent: str, *, tls: Path | None = None) -> None:
+        self._agent = agent
+        if tls is None:
+            self._channel = grpc.insecure_channel(agent, options=channel_options())
+        else:
+            credentials = load_channel_credentials(tls, "client")
+            self._channel = grpc.secure_channel(agent, credentials, options=channel_options())
+        # The generated stub is typed for grpc.aio; it serves both.
+        self._stub: Any = migration_pb2_grpc.MigrationStub(cast(Any, self._channel))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what runs and close the channel."""
+        self._channel.close()
+
+    def migrate(
+        self,
+        selector: Selector,
+        destination: str,
+        *,
+        steer: str = "",
+        when_quiet: float | None = None,
+        dry_run: bool = False,
+    ) -> Iterator[pb.MoveReport]:
+        """Move what the selector means to the agent at ``destination``; ``when_quiet`` in seconds."""
+        request = pb.MigrateRequest(
+            selector=_selector(selector),
+            destination=destination,
+            steering=_steering(steer),
+            when_quiet=_duration(when_quiet),
+            dry_run=dry_run,
+        )
+        for response in self._stream(self._stub.Migrate, request):
+            yield response.report
+
+    def drain(
+        self,
+        destinations: Sequence[str],
+        *,
+        steer: str = "",
+        when_quiet: float | None = None,
+        dry_run: bool = False,
+    ) -> Iterator[pb.MoveReport]:
+        """Move everything, to the first of these agents that takes it."""
+        request = pb.DrainRequest(
+            destinations=destinations, steering=_steering(steer), when_quiet=_duration(when_quiet), dry_run=dry_run
+        )
+        for response in self._stream(self._stub.Drain, request):
+            yield response.report
+
+    def connections(self, selector: Selector | None = None) -> Iterator[pb.Connection]:
+        """The connections of the agent's host."""
+        request = pb.ListConnectionsRequest(selector=_selector(selector or Selector()))
+        for response in self._stream(self._stub.ListConnections, request):
+            yield from response.connections
+
+    def watch(self, kinds: Iterable[pb.EventKind] = ()) -> Iterator[pb.WatchResponse]:
+        """What the agent does, from now on, without end."""
+        return self._stream(self._stub.Watch, pb.WatchRequest(kinds=kinds))
+
+    def abort(self, move_id: str) -> tuple[int, int]:
+        """Stop a move; how many connections stayed and how many had moved."""
+        response = self._call(self._stub.Abort, pb.AbortRequest(move_id=move_id))
+        return response.stayed, response.committed
+
+    def settle(self, batch: str, *, committed: bool) -> None:
+        """Decide a batch in doubt, in place of a destination that is gone for good."""
+        verdict = pb.VERDICT_COMMITTED if committed else pb.VERDICT_DISCARDED
+        settle = pb.SettleBatch(batch=batch, verdict=verdict)
+        self._call(self._stub.Resolve, pb.ResolveRequest(settle=settle))
+
+    def _stream(self, method: Callable[[Any], Any], request: Any) -> Iterator[Any]:
+        call = method(request)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise from_rpc_error(cast(grpc.aio.AioRpcError, error), self._agent) from None
+        finally:
+            call.cancel()
+
+    def _call(self, method: Callable[[Any], Any], request: Any) -> Any:
+        try:
+            return method(request)
+        except grpc.RpcError as error:
+            raise from_rpc_error(cast(grpc.aio.AioRpcError, error), self._agent) from None
+
+
+def _selector(selector: Selector) -> types_pb2.Selector:
+    return types_pb2.Selector(
+        connection=str(selector.connection) if selector.connection else "",
+        local=_end(selector.local),
+        remote=_end(selector.remote),
+        states=[cast(Any, int(state)) for state in selector.states or ()],
+        pid=selector.pid or 0,
+        fd=selector.descriptor,
+    )
+
+
+def _end(end: tuple[bytes, int | None] | None) -> str:
+    if end is None:
+        return ""
+    address, port = end
+    if not address:
+        return f":{port}"
+    zero = FourTuple(address, port or 0, address, 0)
+    text = str(zero).partition(",")[0]
+    return text if port is not None else text.rpartition(":")[0].strip("[]")
+
+
+def _steering(words: str) -> types_pb2.Steering | None:
+    way, _, rest = words.partition(":")
+    match way:
+        case "":
+            return None
+        case "vip" if rest:
+            return types_pb2.Steering(vip=types_pb2.SteerVip(device=rest))
+        case "forward" if not rest:
+            return types_pb2.Steering(forward=types_pb2.SteerForward())
+        case "director" if rest:
+            return types_pb2.Steering(director=types_pb2.SteerDirector(agent=rest))
+        case "script" if rest:
+            return types_pb2.Steering(script=types_pb2.SteerScript(path=rest))
+    raise UsageError(f"{words!r} is no way to steer", hint="write vip:DEV, as in vip:eth0, or forward")
+
+
+def _duration(seconds: float | None) -> Duration | None:
+    if seconds is None:
+        return None
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration

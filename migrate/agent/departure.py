@@ -1,0 +1,274 @@
+"""Carries out what the source's machines want: connections leave this host."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from migrate import quiet
+from migrate.agent.driver import Driver, Handoff, Host, tuples_of
+from migrate.agent.engine import Again, Batch, Later
+from migrate.agent.logging import get_logger
+from migrate.agent.steering import address_of
+from migrate.checkpoint import dump, release, thaw
+from migrate.errors import Error, Gone, HostError
+from migrate.fourtuple import FourTuple
+from migrate.handoff import commands as do
+from migrate.handoff.events import Event, Frozen, Restarted, Start
+from migrate.handoff.ids import Connection
+from migrate.handoff.messages import Message, Released
+from migrate.handoff.source import SourceHandoff
+from migrate.kernel import sockopt
+from migrate.kernel.diag import SockDiag
+from migrate.kernel.pidfd import owners_of
+from migrate.kernel.priority import undisturbed
+from migrate.selection import Takers
+
+__all__ = ["NOT_QUIET", "Departure", "Departures"]
+
+NOT_QUIET = "it was not quiet"
+"""Why a connection is refused that may be tried again."""
+
+_log = get_logger(__name__)
+
+Results = Callable[["Departure", str, Mapping[bytes, str]], None]
+
+
+class Departure(Handoff):
+    """One batch on its way out. ``when_quiet`` is the time in seconds to wait for the first quiet ones, or None."""
+
+    def __init__(
+        self,
+        machine: SourceHandoff,
+        driver: Departures,
+        sockets: Mapping[FourTuple, socket.socket] | None = None,
+        *,
+        when_quiet: float | None = None,
+        report: Results = lambda *_: None,
+    ) -> None:
+        super().__init__(machine, driver)
+        self.sockets.update(sockets or {})
+        self.when_quiet = when_quiet
+        self.report = report
+        self.gone: set[bytes] = set()  # ended by themselves
+        self.frozen_at = self.active_at = 0  # CLOCK_MONOTONIC, nanoseconds
+        self.record_bytes = 0
+        self.sending = False  # what the hold keeps goes to the destination as it comes
+
+
+class Departures(Driver):
+    """All batches on their way out, by id."""
+
+    batches: dict[bytes, Departure]  # type: ignore[assignment]
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self.handlers |= {
+            do.Freeze: self._freeze,
+            do.Thaw: self._thaw,
+            do.Release: self._release,
+            do.SendKept: self._send_kept,
+            do.Ask: self._ask,
+            do.Steer: self._steer,
+            do.Report: self._report,
+        }
+
+    def begin(self, batch: Departure) -> None:
+        """A new batch."""
+        self.batches[batch.machine.batch] = batch
+        self.host.metrics.batches("source", 1)
+        batch.stream = self.host.dial(batch.machine.peer)
+        self.host.engine.give(batch, Start())
+
+    def recover(self, row: do.Row) -> None:
+        """A batch of an earlier agent."""
+        machine = SourceHandoff.recover(row, self.host.times)
+        batch = self.batches[row.batch] = Departure(machine, self)
+        self.host.metrics.batches("source", 1)
+        self.host.holds.claim(row.batch, tuples_of(row.connections))
+        _find(batch, row.connections)
+        self.host.engine.give(batch, Restarted())
+
+    def answer(self, stream: object, peer: str, message: Message) -> None:
+        """What a destination says."""
+        batch = self.batches.get(message.batch)
+        if batch is not None and batch.machine.peer == peer:
+            batch.stream = stream  # type: ignore[assignment]
+            self.host.engine.give(batch, message)
+
+    def kept(self) -> None:
+        """Segments may have come for batches that send them on."""
+        for batch in self.batches.values():
+            if batch.sending and batch.stream is not None:
+                self._send_on(batch)
+
+    def ended(self, batch: Batch) -> None:
+        """See `engine.Performer`."""
+        known = self.batches.pop(batch.machine.batch, None)
+        if known is not None:
+            known.close()
+            self.host.metrics.batches("source", -1)
+
+    def _hold(self, batch: Departure, command: do.Hold) -> None:  # type: ignore[override]
+        batch.frozen_at = time.monotonic_ns()
+        if batch.when_quiet is None:
+            super()._hold(batch, command)
+
+    def _freeze(self, batch: Departure, command: do.Freeze) -> Event | Later:
+        if batch.when_quiet is not None:
+            threading.Thread(target=self._freeze_quiet, args=(batch, command), name="quiet", daemon=True).start()
+            return Later()
+        return self._dumped(batch, command.connections, {})
+
+    def _dumped(self, batch: Departure, connections: Sequence[Connection], refused: dict[bytes, str]) -> Frozen:
+        records: dict[bytes, bytes] = {}
+        for connection in connections:
+            try:
+                sock = batch.sockets.get(connection.four_tuple)
+                if sock is None:
+                    raise Gone("the connection ended")
+                record = dump(sock)
+                record.id, record.epoch = connection.id, connection.epoch
+                data = records[connection.id] = record.encode()
+                batch.record_bytes += len(data)
+            except Error as error:
+                refused[connection.id] = error.what
+                if isinstance(error, Gone):
+                    batch.gone.add(connection.id)
+        self.host.metrics.record_bytes("source", batch.record_bytes)
+        return Frozen(records, refused)
+
+    def _freeze_quiet(self, batch: Departure, command: do.Freeze) -> None:
+        # In a thread of its own: the first that become quiet are dumped, the others are told to try again.
+        engine, sockets = self.host.engine, dict(batch.sockets)
+        ready: list[FourTuple] = []
+        held = _FromAnotherThread(self, batch)
+        try:
+            attempts = quiet.rounds(sockets, held, seconds=batch.when_quiet or 0)
+            ready = next(attempts, ([], False))[0]
+        except Exception:
+            _log.exception("waiting for a quiet point failed")
+        chosen = [connection for connection in command.connections if connection.four_tuple in set(ready)]
+        refused = {c.id: NOT_QUIET for c in command.connections if c not in set(chosen)}
+
+        def go_on() -> None:
+            batch.frozen_at = time.monotonic_ns()
+            engine.resume(batch, self._dumped(batch, chosen, refused))
+
+        engine.call(go_on)
+
+    def _thaw(self, batch: Departure, command: do.Thaw) -> None:
+        for connection in command.connections:
+            sock = batch.sockets.pop(connection.four_tuple, None)
+            if sock is not None:
+                with sock, contextlib.suppress(Error, OSError):
+                    if sockopt.in_repair(sock):
+                        thaw(sock)
+        self.host.holds.lift(batch.machine.batch, tuples_of(command.connections))
+
+    def _release(self, batch: Departure, command: do.Release) -> None:
+        sockets = [batch.sockets.pop(each) for each in tuples_of(command.connections) if each in batch.sockets]
+        # The owner wakes up at once. If it ran before repair mode is left, it would see EPERM instead of ECONNABORTED.
+        with undisturbed():
+            for sock in sockets:
+                with contextlib.suppress(Error):
+                    release(sock)
+        for sock in sockets:
+            sock.close()
+
+    def _send_kept(self, batch: Departure, command: do.SendKept) -> None:
+        if batch.stream is None and command.dial:
+            batch.stream = self.host.dial(batch.machine.peer)
+        if command.dial:
+            kept = self.host.holds.take(batch.machine.batch, tuples_of(command.connections))
+            if batch.stream is not None:
+                batch.stream.send(Released(batch=batch.machine.batch, kept=kept))
+            batch.sending = True
+            self.host.metrics.kept_packets("source", len(kept))
+        elif batch.stream is not None:
+            self._send_on(batch)
+
+    def _send_on(self, batch: Departure) -> None:
+        kept = self.host.holds.take(batch.machine.batch, tuples_of(batch.machine.moving))
+        if kept and batch.stream is not None:
+            batch.stream.send(Released(batch=batch.machine.batch, kept=kept))
+
+    def _ask(self, batch: Departure, command: do.Ask) -> None:
+        if batch.stream is None:
+            batch.stream = self.host.dial(batch.machine.peer)
+        batch.stream.send(command.message)
+
+    def _steer(self, batch: Departure, command: do.Steer) -> Again | None:
+        if not command.steer:
+            return None
+        gone = tuples_of(command.connections)
+        try:
+            owner = address_of(batch.machine.peer)
+        except HostError:
+            if not command.steer.startswith("vip:"):
+                raise
+            owner = b""
+        if command.steer.startswith("vip:"):
+            staying = {each.local for each in _living(gone)} if batch.machine.refused else set()
+            self.host.carrier.also(staying)
+        self.host.carrier.forget({each.local for each in gone})
+        self.host.steerer.give(command.steer, gone, owner, self.steered(batch))
+        return None
+
+    def _report(self, batch: Departure, command: do.Report) -> None:
+        batch.active_at = time.monotonic_ns()
+        if command.outcome == "moved" and batch.frozen_at:
+            self.host.metrics.frozen((batch.active_at - batch.frozen_at) / 1e9)
+        self.host.metrics.connections("source", "stayed", len(command.refused) - len(batch.gone))
+        self.host.metrics.connections("source", "gone", len(batch.gone))
+        self.host.metrics.connections("source", "moved", len(batch.machine.connections) - len(command.refused))
+        batch.report(batch, command.outcome, command.refused)
+
+
+def _living(gone: Sequence[FourTuple]) -> list[FourTuple]:
+    """Connections here with the local addresses of those that are gone."""
+    addresses = {each.local for each in gone}
+    with SockDiag() as diag:
+        return [each.four_tuple for each in diag.list_connections() if each.four_tuple.local in addresses]
+
+
+def _find(batch: Departure, connections: Sequence[Connection]) -> None:
+    """After a restart: the sockets, by four-tuple, out of their owners."""
+    wanted = {connection.four_tuple for connection in connections}
+    with SockDiag() as diag:
+        found = {each.four_tuple: each.inode for each in diag.list_connections() if each.four_tuple in wanted}
+    owners = owners_of({inode for inode in found.values() if inode})
+    with Takers() as takers:
+        sockets, _ = takers.take({each: owners.get(inode, ()) for each, inode in found.items()})
+    batch.sockets.update(sockets)
+
+
+class _FromAnotherThread:
+    """The agent's hold for `quiet.rounds`, which waits in a thread of its own: each call is made in the engine's."""
+
+    def __init__(self, departures: Departures, batch: Departure) -> None:
+        self._engine = departures.host.engine
+        self._holds = departures.host.holds
+        self._batch = batch.machine.batch
+
+    def add(self, tuples: list[FourTuple], *, outgoing: bool = True) -> None:
+        self._do(partial(self._holds.hold, self._batch, tuples, outgoing=outgoing))
+
+    def remove(self, tuples: list[FourTuple]) -> None:
+        self._do(partial(self._holds.lift, self._batch, tuples))
+
+    def _do(self, call: Callable[[], None]) -> None:
+        done = threading.Event()
+
+        def work() -> None:
+            try:
+                call()
+            finally:
+                done.set()
+
+        self._engine.call(work)
+        done.wait()

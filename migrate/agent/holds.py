@@ -1,0 +1,101 @@
+"""The agent's hold: one table for all batches, and which batch holds which connection.
+
+A connection may go on while the batch that brought it here, or took it away, still lingers. The newest batch has it then,
+and what the older one says about it no longer counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from migrate.errors import NotFound
+from migrate.fourtuple import FourTuple
+from migrate.hold import Hold
+
+__all__ = ["Holds"]
+
+_FOREVER = 30 * 86400.0  # seconds: what is held is in the journal, and the next agent goes on with it
+
+
+class Holds:
+    """Not for several threads."""
+
+    def __init__(self, name: str) -> None:
+        """Go on with the hold of that name, or make one."""
+        try:
+            self._hold = Hold.adopt(name, timeout=_FOREVER)
+        except NotFound:
+            self._hold = Hold(name=name, timeout=_FOREVER)
+        self._batches: dict[FourTuple, bytes] = {}
+
+    def fileno(self) -> int:
+        """Readable when segments wait to be collected."""
+        return self._hold.fileno()
+
+    def collect(self) -> None:
+        """Keep what has arrived."""
+        self._hold.collect()
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def close(self) -> None:
+        """What is held stays held, for the next agent; without anything held, nothing is left."""
+        if self._hold.tuples:
+            self._hold.disown()
+        else:
+            self._hold.lift()
+
+    def sweep(self, claimed: Iterable[FourTuple]) -> None:
+        """Let go what stands since an earlier agent and nobody claims."""
+        wanted = set(claimed)
+        self._hold.remove([each for each in self._hold.tuples if each not in wanted])
+
+    def claim(self, batch: bytes, tuples: Iterable[FourTuple]) -> None:
+        """From now on these are this batch's."""
+        self._batches.update(dict.fromkeys(tuples, batch))
+
+    def hold(self, batch: bytes, tuples: Sequence[FourTuple], *, outgoing: bool = True) -> None:
+        """Hold these for the batch, from both sides or only what arrives."""
+        self._hold.add(tuples, outgoing=outgoing)
+        self.claim(batch, tuples)
+
+    def rehold(self, batch: bytes, tuples: Sequence[FourTuple]) -> None:
+        """Hold those that are not held."""
+        held = self._hold.tuples
+        self._hold.add([each for each in tuples if not held.get(each)], outgoing=True)
+        self.claim(batch, tuples)
+
+    def open(self, batch: bytes, tuples: Sequence[FourTuple]) -> None:
+        """What departs may leave from now on."""
+        held = self._hold.tuples
+        self._hold.add([each for each in self._mine(batch, tuples) if held.get(each)], outgoing=False)
+
+    def keep(self, packets: Iterable[bytes]) -> None:
+        """Keep these too: another host's hold has kept them."""
+        self._hold.keep(packets)
+
+    def replay(self, tuples: Sequence[FourTuple]) -> int:
+        """Give what is kept to the sockets."""
+        return self._hold.replay(tuples)
+
+    def take(self, batch: bytes, tuples: Sequence[FourTuple]) -> tuple[bytes, ...]:
+        """What has arrived for those of them that are the batch's."""
+        taken = self._hold.take(self._mine(batch, tuples))
+        return tuple(packet for packets in taken.values() for packet in packets)
+
+    def lift(self, batch: bytes, tuples: Sequence[FourTuple]) -> None:
+        """Replay and let go those of them that are the batch's."""
+        mine = self._mine(batch, tuples)
+        held = self._hold.tuples
+        self._hold.remove([each for each in mine if each in held])
+        for each in mine:
+            del self._batches[each]
+
+    def drop(self, batch: bytes, tuples: Sequence[FourTuple]) -> None:
+        """Let go without replay."""
+        self._hold.take(self._mine(batch, tuples))
+        self.lift(batch, tuples)
+
+    def _mine(self, batch: bytes, tuples: Sequence[FourTuple]) -> list[FourTuple]:
+        return [each for each in tuples if self._batches.get(each) == batch]

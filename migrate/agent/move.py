@@ -1,0 +1,427 @@
+"""One move: connections are chosen, cut into batches, and a few batches are under way at a time.
+
+The fewer are under way, the shorter each stands still; the more, the better both hosts are kept busy. A batch's blackout
+does not grow with the number of batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import msgspec
+
+from migrate.agent.departure import NOT_QUIET, Departure, Departures
+from migrate.agent.errors import to_problem
+from migrate.agent.logging import get_logger
+from migrate.agent.steering import address_of, check_words
+from migrate.agent.v1 import migration_pb2, types_pb2
+from migrate.errors import Error, HostError, NotFound, Refused, UsageError
+from migrate.fourtuple import FourTuple
+from migrate.handoff.events import Cancel
+from migrate.handoff.ids import new_id
+from migrate.handoff.machine import Times
+from migrate.handoff.source import SourceHandoff
+from migrate.kernel.diag import Extension
+from migrate.selection import Found, Selector, Takers, find
+from migrate.tcpstate import TcpState
+
+__all__ = ["Move", "Wish"]
+
+BATCH = 128  # connections
+BATCH_BYTES = 4 << 20  # of their queues
+WINDOW = 3  # batches under way
+PATIENCE = 30.0  # seconds until a batch that is not decided is reported as in doubt
+
+PLAN = 1000  # connections in one plan of a dry run
+
+# Microseconds, measured between two agents on one machine of two cores: for a batch, a connection, a byte.
+FROZEN_BATCH, FROZEN_EACH, FROZEN_BYTE = 4000, 80, 0.01
+
+_PASSING = {TcpState.TIME_WAIT, TcpState.SYN_RECEIVED}
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What somebody wants moved. ``when_quiet`` in seconds; ``destinations`` are tried in their order."""
+
+    selector: Selector
+    destinations: Sequence[str]
+    steer: str = ""
+    when_quiet: float | None = None
+
+
+@dataclass
+class _Totals:
+    done: int = 0
+    stayed: int = 0
+    gone: int = 0
+    in_doubt: int = 0
+    bytes: int = 0
+    frozen_us: list[int] = field(default_factory=list)
+
+
+Outcomes = Mapping[FourTuple, tuple[int, Error | None]]
+Report = Callable[[migration_pb2.MoveReport], None]
+
+
+class Move:
+    """``report`` is called in the event loop with everything there is to say."""
+
+    def __init__(self, departures: Departures, wish: Wish, report: Report) -> None:
+        """Raises UsageError for words that are no steering."""
+        check_words(wish.steer)
+        self.id = os.urandom(8).hex()
+        self._departures = departures
+        self._wish = wish
+        self._report = report
+        self._totals = _Totals()
+        self._selected = 0
+        self._began = time.monotonic_ns()
+        self._aborted = False
+        self._loop = asyncio.get_running_loop()
+        self._takers = Takers()
+        self._under_way: set[Departure] = set()
+        self._over = asyncio.Event()
+
+    async def plan(self) -> tuple[list[Found], dict[FourTuple, Error]]:
+        """What would be tried, and what not and why. Raises NotFound if nothing was selected."""
+        found = await asyncio.to_thread(find, self._wish.selector, extensions=Extension.INFO)
+        obstacles = {each.connection.four_tuple: each.obstacle for each in found}
+        refused = {each: why for each, why in obstacles.items() if why is not None}
+        return [each for each in found if each.connection.four_tuple not in refused], refused
+
+    def abort(self) -> None:
+        """Start nothing more; what is not offered stays."""
+        self._aborted = True
+
+        def cancel(batch: Departure) -> None:
+            try:
+                self._departures.host.engine.give(batch, Cancel())
+            except UsageError:
+                pass  # it is over
+
+        for batch in self._under_way:
+            self._departures.host.engine.call(partial(cancel, batch))
+
+    async def ended(self) -> tuple[int, int]:
+        """Wait for the end: how many stayed, how many moved."""
+        await self._over.wait()
+        return self._totals.stayed, self._totals.done
+
+    async def dry_run(self) -> None:
+        """Only say what would move."""
+        try:
+            movable, refused = await self.plan()
+        except Error as error:
+            self._summary(error)
+            return
+        selected = len(movable) + len(refused)
+        expected: dict[FourTuple, tuple[int, Error | None]] = {
+            each: (types_pb2.OUTCOME_STAYED, why) for each, why in refused.items()
+        }
+        expected |= {each.connection.four_tuple: (types_pb2.OUTCOME_DONE, None) for each in movable}
+        for part in _parts(expected):
+            self._say(
+                plan=migration_pb2.Plan(
+                    move_id=self.id,
+                    selected=selected,
+                    movable=len(movable),
+                    expected=_results(part, 0),
+                    destination=self._wish.destinations[0],
+                    expected_frozen_us=_expected_frozen(movable),
+                )
+            )
+        self._selected = selected
+        self._summary(None)
+
+    async def run(self) -> migration_pb2.Summary:
+        """The whole move; never raises Error, but reports it."""
+        problem: Error | None = None
+        try:
+            movable, refused = await self.plan()
+            self._selected = len(movable) + len(refused)
+            self._say(plan=migration_pb2.Plan(move_id=self.id, selected=self._selected, movable=len(movable)))
+            if not self._selected and not self._wish.selector.empty:
+                raise NotFound("no connection here matches", hint="tcpmig list shows them")
+            self._result("", b"", {each: (types_pb2.OUTCOME_STAYED, why) for each, why in refused.items()}, 0)
+            left = movable
+            for destination in self._wish.destinations:
+                left = await self._to(destination, left, last=destination == self._wish.destinations[-1])
+        except Error as error:
+            problem = error
+        finally:
+            self._takers.close()
+            self._over.set()
+        return self._summary(problem)
+
+    async def _to(self, destination: str, found: Sequence[Found], *, last: bool) -> list[Found]:
+        """Move these there; those that stayed, unless it is the last destination, may be tried elsewhere."""
+        again: list[Found] = []
+        deadline = time.monotonic() + (self._wish.when_quiet or 0)
+        if self._wish.steer:
+            self._departures.host.steerer.warm(self._wish.steer)
+        for group in _by_address(found) if self._wish.steer.startswith("vip:") else [list(found)]:
+            waiting = deque(_cut(group))
+            running: dict[asyncio.Task[list[Found]], None] = {}
+            while waiting or running:
+                while waiting and len(running) < WINDOW and not self._aborted:
+                    final = len(waiting) == 1
+                    if final and running and self._wish.steer.startswith("vip:"):
+                        break  # who else has the address is known when the others have left
+                    task = asyncio.create_task(self._batch(destination, waiting.popleft(), deadline, final, last))
+                    running[task] = None
+                if self._aborted and waiting:
+                    self._leave([each for batch in waiting for each in batch], Refused("the move was stopped"))
+                    waiting.clear()
+                if not running:
+                    break
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    del running[task]
+                    retry = task.result()
+                    if retry and time.monotonic() < deadline:
+                        waiting.extend(_cut(retry))
+                    elif retry and self._wish.when_quiet is not None:
+                        self._leave(retry, Refused("it was never quiet", hint="give --when-quiet more seconds"))
+                    else:
+                        again += retry
+                    self._progress()
+        return again
+
+    async def _batch(
+        self, destination: str, found: Sequence[Found], deadline: float, final: bool, last: bool
+    ) -> list[Found]:
+        """One batch, to its result; those to try again."""
+        ended: asyncio.Future[tuple[str, Mapping[bytes, str]]] = self._loop.create_future()
+
+        def report(batch: Departure, outcome: str, refused: Mapping[bytes, str]) -> None:
+            def told() -> None:
+                if not ended.done():
+                    ended.set_result((outcome, refused))
+
+            self._loop.call_soon_threadsafe(told)
+
+        started: asyncio.Future[Departure] = self._loop.create_future()
+        quiet = None if self._wish.when_quiet is None else max(0.05, deadline - time.monotonic())
+
+        def start() -> None:
+            try:
+                batch = self._start(destination, found, quiet, final, report)
+            except Error as error:
+                self._loop.call_soon_threadsafe(started.set_exception, error)
+                return
+            self._loop.call_soon_threadsafe(started.set_result, batch)
+
+        self._departures.host.engine.call(start)
+        try:
+            batch = await started
+        except Error as error:
+            self._leave(found, error)
+            return []
+        self._under_way.add(batch)
+        try:
+            patience = PATIENCE + (quiet or 0)
+            outcome, refused = await asyncio.wait_for(asyncio.shield(ended), patience)
+        except TimeoutError:
+            outcome, refused = "doubt", batch.machine.refused
+        finally:
+            self._under_way.discard(batch)
+        return self._ended(batch, destination, found, outcome, refused, last)
+
+    def _start(
+        self, destination: str, found: Sequence[Found], quiet: float | None, final: bool, report: Callable[..., None]
+    ) -> Departure:
+        # In the engine's thread.
+        host = self._departures.host
+        sockets, _ = self._takers.take({each.connection.four_tuple: each.owners for each in found})
+        named = host.journal.name((each.connection.four_tuple, each.connection.cookie) for each in found)
+        machine = SourceHandoff(
+            new_id(),
+            destination,
+            named,
+            steer=self._steering(destination, found, final),
+            registry=host.registry.identity if host.registry is not None else "",
+            times=_times(host.times, quiet),
+        )
+        batch = Departure(machine, self._departures, sockets, when_quiet=quiet, report=report)
+        self._departures.begin(batch)
+        return batch
+
+    def _steering(self, destination: str, found: Sequence[Found], final: bool) -> str:
+        """An address can move only with all its connections; before that, and without that, each is forwarded."""
+        words = self._wish.steer
+        if not words.startswith("vip:"):
+            return words
+        going = {each.connection.four_tuple for each in found}
+        local = {each.local for each in going}
+        if final:
+            others = [
+                each
+                for each in find(Selector(), owners=False)
+                if each.connection.four_tuple.local in local
+                and each.connection.four_tuple not in going
+                and each.connection.state not in _PASSING
+            ]
+            if not others:
+                return words
+        try:
+            address_of(destination)
+        except HostError:
+            return ""
+        return "forward"
+
+    def _ended(
+        self,
+        batch: Departure,
+        destination: str,
+        found: Sequence[Found],
+        outcome: str,
+        refused: Mapping[bytes, str],
+        last: bool,
+    ) -> list[Found]:
+        by_tuple = {each.connection.four_tuple: each for each in found}
+        results: dict[FourTuple, tuple[int, Error | None]] = {}
+        again: list[Found] = []
+        for connection in batch.machine.connections:
+            why = refused.get(connection.id)
+            if connection.id in batch.gone:
+                results[connection.four_tuple] = types_pb2.OUTCOME_GONE, Refused(why or "it ended")
+            elif why is None:
+                one = types_pb2.OUTCOME_DONE if outcome == "moved" else types_pb2.OUTCOME_IN_DOUBT
+                results[connection.four_tuple] = one, None
+            elif (why == NOT_QUIET or not last) and not self._aborted:
+                again.append(by_tuple[connection.four_tuple])
+            else:
+                results[connection.four_tuple] = types_pb2.OUTCOME_STAYED, Refused(self._because(why, destination))
+        frozen = (batch.active_at - batch.frozen_at) // 1000 if outcome == "moved" else 0
+        self._totals.bytes += batch.record_bytes
+        self._result(destination, batch.machine.batch, results, frozen)
+        return again
+
+    def _because(self, why: str, destination: str) -> str:
+        return why or f"agent {destination} did not take it"
+
+    def _leave(self, found: Sequence[Found], why: Error) -> None:
+        self._result("", b"", {each.connection.four_tuple: (types_pb2.OUTCOME_STAYED, why) for each in found}, 0)
+
+    def _result(
+        self,
+        destination: str,
+        batch: bytes,
+        outcomes: Outcomes,
+        frozen_us: int,
+    ) -> None:
+        if not outcomes:
+            return
+        totals = self._totals
+        counts: Counter[int] = Counter(outcome for outcome, _ in outcomes.values())
+        totals.done += counts[types_pb2.OUTCOME_DONE]
+        totals.stayed += counts[types_pb2.OUTCOME_STAYED]
+        totals.gone += counts[types_pb2.OUTCOME_GONE]
+        totals.in_doubt += counts[types_pb2.OUTCOME_IN_DOUBT]
+        results = _results(outcomes, frozen_us)
+        totals.frozen_us += [each for each in results.frozen_us if each]
+        self._say(
+            batch=migration_pb2.BatchResult(
+                move_id=self.id, batch=batch.hex(), destination=destination, results=results
+            )
+        )
+
+    def _progress(self) -> None:
+        totals = self._totals
+        self._say(
+            progress=migration_pb2.Progress(
+                move_id=self.id,
+                selected=self._selected,
+                done=totals.done,
+                failed=totals.stayed + totals.gone + totals.in_doubt,
+                in_flight=sum(len(batch.machine.connections) for batch in self._under_way),
+                bytes=totals.bytes,
+                elapsed_ns=time.monotonic_ns() - self._began,
+            )
+        )
+
+    def _summary(self, problem: Error | None) -> migration_pb2.Summary:
+        totals = self._totals
+        frozen = sorted(totals.frozen_us) or [0]
+        summary = migration_pb2.Summary(
+            move_id=self.id,
+            selected=self._selected,
+            done=totals.done,
+            stayed=totals.stayed,
+            gone=totals.gone,
+            in_doubt=totals.in_doubt,
+            bytes=totals.bytes,
+            elapsed_ns=time.monotonic_ns() - self._began,
+            frozen_p50_us=frozen[len(frozen) // 2],
+            frozen_p99_us=frozen[min(len(frozen) - 1, len(frozen) * 99 // 100)],
+            frozen_max_us=frozen[-1],
+            problem=None if problem is None else to_problem(problem),
+        )
+        self._say(summary=summary)
+        return summary
+
+    def _say(self, **kind: object) -> None:
+        self._report(migration_pb2.MoveReport(**kind))  # type: ignore[arg-type]
+
+
+def _results(outcomes: Outcomes, frozen_us: int) -> types_pb2.Results:
+    failures: dict[str, types_pb2.Failure] = {}
+    for position, (_, why) in enumerate(outcomes.values()):
+        if why is not None:
+            failure = failures.setdefault(str(why), types_pb2.Failure(problem=to_problem(why)))
+            failure.positions.append(position)
+    return types_pb2.Results(
+        connections=[str(each) for each in outcomes],
+        outcomes=[cast(Any, outcome) for outcome, _ in outcomes.values()],
+        frozen_us=[frozen_us if outcome == types_pb2.OUTCOME_DONE else 0 for outcome, _ in outcomes.values()],
+        failures=list(failures.values()),
+    )
+
+
+def _parts(outcomes: Outcomes) -> Iterator[Outcomes]:
+    """A long list in several plans; an empty one in one."""
+    items = list(outcomes.items())
+    for start in range(0, max(1, len(items)), PLAN):
+        yield dict(items[start : start + PLAN])
+
+
+def _expected_frozen(found: Sequence[Found]) -> int:
+    """Microseconds that a connection of these is expected to stand still: what is under way with it, moved at once."""
+    batches = _cut(found)[:WINDOW]
+    size = sum(each.connection.send_queue + each.connection.recv_queue for batch in batches for each in batch)
+    return round(FROZEN_BATCH + FROZEN_EACH * sum(map(len, batches)) + size * FROZEN_BYTE)
+
+
+def _times(times: Times, quiet: float | None) -> Times:
+    return times if quiet is None else msgspec.structs.replace(times, patience=times.patience + quiet)
+
+
+def _by_address(found: Sequence[Found]) -> list[list[Found]]:
+    groups: dict[bytes, list[Found]] = {}
+    for each in found:
+        groups.setdefault(each.connection.four_tuple.local, []).append(each)
+    return list(groups.values())
+
+
+def _cut(found: Sequence[Found]) -> list[list[Found]]:
+    """Batches of so many connections and so many bytes at most."""
+    batches: list[list[Found]] = []
+    size = BATCH_BYTES
+    for each in found:
+        length = each.connection.recv_queue + each.connection.send_queue
+        if not batches or len(batches[-1]) >= BATCH or size + length > BATCH_BYTES:
+            batches.append([])
+            size = 0
+        batches[-1].append(each)
+        size += length
+    return batches
