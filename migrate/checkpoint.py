@@ -19,17 +19,36 @@ import functools
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
+from migrate import unconnected
 from migrate.errors import Error, Gone, NotFound, Refused, from_oserror
 from migrate.fourtuple import unmapped
 from migrate.ici import Ici
 from migrate.kernel import options, sockopt, tcpinfo, uapi
 from migrate.tcpstate import REBUILD, TcpState, Way
 
-__all__ = ["HasFileno", "borrowed", "check", "dump", "dump_many", "obstacle", "release", "thaw"]
+__all__ = [
+    "HOST",
+    "KERNEL",
+    "MOVABLE",
+    "HasFileno",
+    "borrowed",
+    "check",
+    "dump",
+    "explained",
+    "freeze",
+    "leave",
+    "leave_out_what_comes_by_itself",
+    "obstacle",
+    "read_frozen",
+    "receive_queue",
+    "release",
+    "send_queue",
+    "thaw",
+]
 
 
 class HasFileno(Protocol):
@@ -38,14 +57,14 @@ class HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
-_MOVABLE = frozenset(state for state, plan in REBUILD.items() if plan.way is Way.REPAIR)
+MOVABLE = frozenset(state for state, plan in REBUILD.items() if plan.way is Way.REPAIR)
 _FIN_QUEUED = frozenset(state for state, plan in REBUILD.items() if plan.sent_fin and not plan.fin_acked)
 
 _TCP, _MAXSEG = int(socket.IPPROTO_TCP), socket.TCP_MAXSEG  # names of this module are found quicker than others
 _TIMESTAMPS, _USEC_TS, _SACK = uapi.TCPI_OPT_TIMESTAMPS, uapi.TCPI_OPT_USEC_TS, uapi.TCPI_OPT_SACK
 _WSCALE, _ECN = uapi.TCPI_OPT_WSCALE, uapi.TCPI_OPT_ECN
 
-_HOST, _KERNEL = os.uname().nodename, os.uname().release
+HOST, KERNEL = os.uname().nodename, os.uname().release
 
 _facts = tcpinfo.reader(
     "state", "options", "wscales", "snd_mss", "rtt", "rttvar", "snd_ssthresh", "snd_cwnd", "advmss", "notsent_bytes"
@@ -69,51 +88,40 @@ def dump(sock: HasFileno) -> Ici:
             return dump(real)
     try:
         info = sockopt.tcp_info(sock)
-        if info[0] not in _MOVABLE:
+        if info[0] not in MOVABLE:
             _refuse_unless_movable(sock)
+            return unconnected.dump(sock, TcpState.from_kernel(info[0]))
         found = options.read(sock)
     except OSError as error:
         raise _why_not(sock, error) from None
-    return _freeze(sock, info, found)
+    freeze(sock)
+    try:
+        return _read(sock, info, found)
+    except BaseException as error:
+        leave(sock, found)
+        if isinstance(error, OSError):
+            raise explained(error) from None
+        raise
 
 
-def dump_many(socks: Sequence[socket.socket]) -> list[Ici | Error]:
-    """`dump` for each of many, which costs less: the record, or why there is none. None is touched if this raises."""
-    judged: list[bytes | Error] = []
-    for sock in socks:
-        try:
-            info = sockopt.tcp_info(sock)
-            if info[0] not in _MOVABLE:
-                _refuse_unless_movable(sock)
-            judged.append(info)
-        except OSError as error:
-            judged.append(_why_not(sock, error))
-        except Error as error:
-            judged.append(error)
-    found = iter(options.read_many([sock for sock, info in zip(socks, judged, strict=True) if isinstance(info, bytes)]))
-    results: list[Ici | Error] = []
-    for sock, judgement in zip(socks, judged, strict=True):
-        try:
-            results.append(_freeze(sock, judgement, next(found)) if isinstance(judgement, bytes) else judgement)
-        except Error as error:
-            results.append(error)
-    return results
-
-
-def _freeze(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> Ici:
+def freeze(sock: socket.socket) -> None:
+    """Enter repair mode. Raises Refused, with the socket's own reason, PrivilegeError, NotFound."""
     try:
         sockopt.enter_repair(sock)
     except OSError as error:
         raise _why_not(sock, error) from None
-    try:
-        return _read(sock, info, found)
-    except BaseException as error:
-        sockopt.leave_repair(sock, probe=False)
-        if isinstance(error, OSError):
-            if error.errno in (errno.ENOTCONN, errno.ECONNRESET):
-                raise Gone("the connection ended while it was being dumped") from None
-            raise from_oserror("dumping a connection", error) from None
-        raise
+
+
+def explained(error: OSError) -> Error:
+    """What a failed call on a frozen socket means."""
+    if error.errno in (errno.ENOTCONN, errno.ECONNRESET):
+        return Gone("the connection ended while it was being dumped")
+    return from_oserror("dumping a connection", error)
+
+
+def read_frozen(sock: socket.socket, found: dict[str, options.Value]) -> Ici:
+    """The record of a socket in repair mode, by the documented calls; ``found`` are its options."""
+    return _read(sock, sockopt.tcp_info(sock), found)
 
 
 def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> Ici:
@@ -123,9 +131,11 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
     rmem_alloc, rcvbuf, wmem_queued = sockopt.meminfo(sock)
     snd_una, sent, unsent, received = write_seq, b"", b"", b""
     if wmem_queued:
-        snd_una, sent, unsent = _send_queue(sock, state, notsent)
+        notsent, outstanding = max(notsent, sockopt.unsent_length(sock)), sockopt.outstanding_length(sock)
+        snd_una = (write_seq - outstanding) & 0xFFFFFFFF
+        sent, unsent = send_queue(sock, state, outstanding, notsent)
     if rmem_alloc:
-        rcv_nxt, received = _receive_queue(sock)
+        rcv_nxt, received = receive_queue(sock)
     snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup = sockopt.window(sock)
     timestamps = ts_value = 0
     if bits & _TIMESTAMPS:
@@ -135,7 +145,7 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
     mss_clamp = sock.getsockopt(_TCP, _MAXSEG)
     congestion = sockopt.congestion(sock)
     if found:
-        _leave_out_what_comes_by_itself(found, advmss, rcvbuf)
+        leave_out_what_comes_by_itself(found, advmss, rcvbuf)
     local, remote = sock.getsockname(), sock.getpeername()
     # By position, in the order of the record's definition: by name takes ten times as long.
     return Ici(
@@ -170,16 +180,16 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
         found,
         -1,
         b"",
-        _HOST,
+        HOST,
         time.time_ns(),
-        _KERNEL,
+        KERNEL,
         sent,
         unsent,
         received,
     )
 
 
-def _leave_out_what_comes_by_itself(found: dict[str, options.Value], advmss: int, rcvbuf: int) -> None:
+def leave_out_what_comes_by_itself(found: dict[str, options.Value], advmss: int, rcvbuf: int) -> None:
     """What has a field of its own, and sizes that the kernel gives a connection itself (tcp_init_buffer_space)."""
     found.pop("TCP_CONGESTION", None)
     if "SO_BUF_LOCK" in found:
@@ -189,13 +199,27 @@ def _leave_out_what_comes_by_itself(found: dict[str, options.Value], advmss: int
         del found["TCP_WINDOW_CLAMP"]
 
 
-def thaw(sock: HasFileno) -> None:
-    """Back to life here, as if nothing had been."""
+def thaw(sock: HasFileno, record: Ici | None = None) -> None:
+    """Back to life here, as if nothing had been.
+
+    Repair mode forgets SO_REUSEADDR, without which the connection could keep its server from binding its port again
+    after a restart. It is put back as ``record``, which dump() gave, says; without a record it is set.
+    """
     with borrowed(sock) as real:
         try:
-            sockopt.leave_repair(real, probe=True)
+            leave(real, {"SO_REUSEADDR": 1} if record is None else record.options)
         except OSError as error:
             raise from_oserror("thawing a connection", error) from None
+
+
+def leave(sock: socket.socket, found: Mapping[str, options.Value]) -> None:
+    """Leave repair mode; ``found`` are the options from before. Raises OSError."""
+    if sockopt.state(sock) == TcpState.LISTEN:
+        unconnected.thaw_listener(sock)
+        return
+    sockopt.leave_repair(sock, probe=True)
+    if "SO_REUSEADDR" in found:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 def release(sock: HasFileno) -> None:
@@ -215,24 +239,20 @@ def release(sock: HasFileno) -> None:
         raise from_oserror("releasing a connection", error) from None
 
 
-def _send_queue(sock: socket.socket, state: int, notsent: int) -> tuple[int, bytes, bytes]:
-    """(snd_una, the sent part, the unsent part). ``notsent`` is what TCP_INFO said before the queue was selected.
+def send_queue(sock: socket.socket, state: int, outstanding: int, notsent: int) -> tuple[bytes, bytes]:
+    """(the sent part, the unsent part) of ``outstanding`` bytes, which count a FIN as ``notsent`` does.
 
-    What left since then met the hold and not the peer, so the larger number of unsent bytes is the true one.
+    ``notsent`` is the most that was unsent since the hold stands: what left since then met the hold and not the peer.
     """
     fin = state in _FIN_QUEUED
-    notsent = max(notsent, sockopt.unsent_length(sock))
     sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
-    write_seq = sockopt.queue_end(sock)
-    outstanding = sockopt.outstanding_length(sock)
     queue = _peek(sock, outstanding - fin, "send")
     sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
     boundary = len(queue) - max(notsent - fin, 0)
-    sent, unsent = (queue, b"") if boundary >= len(queue) else (queue[:boundary], queue[boundary:])
-    return (write_seq - outstanding) & 0xFFFFFFFF, sent, unsent
+    return (queue, b"") if boundary >= len(queue) else (queue[:boundary], queue[boundary:])
 
 
-def _receive_queue(sock: socket.socket) -> tuple[int, bytes]:
+def receive_queue(sock: socket.socket) -> tuple[int, bytes]:
     """(rcv_nxt, what is unread), from its beginning whatever SO_PEEK_OFF the application set."""
     sockopt.select_queue(sock, uapi.TCP_RECV_QUEUE)
     rcv_nxt = sockopt.queue_end(sock)
@@ -294,8 +314,8 @@ def obstacle(state: int, *, multipath: bool = False, upper_layer: str = "") -> R
             "it is a Multipath TCP socket, which the kernel cannot repair",
             hint="have the server listen with plain TCP (for Go programs GODEBUG=multipathtcp=0)",
         )
-    if state not in _MOVABLE:
-        known = TcpState.from_kernel(state)
+    known = TcpState.from_kernel(state)
+    if not REBUILD[known].dumpable:
         return Refused(f"it is in {known.name}: {REBUILD[known].reason}")
     if upper_layer == "tls":
         return Refused("its TLS keys live in the kernel (kTLS)", hint="switch kernel TLS off in the application")

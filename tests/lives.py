@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Self
 
 import migrate
-from migrate.kernel import diag, option_values, sockopt
+from migrate.kernel import diag, option_values, sockopt, tcpinfo
 from migrate.kernel.nft import MARK
 from migrate.kernel.option_table import OPTIONS, Kind, Phase, Value
 from migrate.kernel.segment import Injector, fix_checksums
@@ -96,15 +96,22 @@ class Life:
         self.listener.listen(16)
         return self.listener
 
-    def peer_connects(self) -> None:
-        """Begin a connection from the peer's side; it is there when the three-way handshake is over."""
+    def backlog(self) -> int:
+        """The listener's, from its kernel."""
+        assert self.listener
+        return int(tcpinfo.parse(sockopt.tcp_info(self.listener)).sacked)
+
+    def peer_connects(self, *, deaf: bool = False) -> None:
+        """Begin a connection from the peer's side, which may be ``deaf`` to the answer."""
         assert self.listener
         port = self.listener.getsockname()[1]
         self.peer.close()
         with self.client.entered():
             self.peer = socket.socket(socket.AF_INET6 if self._ipv6 else socket.AF_INET)
         self.peer.bind((self.peer_address, 0))
-        self._name(port, self.peer.getsockname()[1])
+        self.name(port, self.peer.getsockname()[1])
+        if deaf:
+            self.deafen()
         self.peer.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             self.peer.connect((self.address.removeprefix("::ffff:"), port))
@@ -139,7 +146,7 @@ class Life:
             prepare(self.ours)
         self.ours.bind((self.address, 0))
         port = self.listener.getsockname()[1]
-        self._name(self.ours.getsockname()[1], port)
+        self.name(self.ours.getsockname()[1], port)
         self.deafen()
         self.ours.setblocking(False)
         with contextlib.suppress(BlockingIOError):
@@ -159,7 +166,8 @@ class Life:
         self.peer = self.listener.accept()[0]
         self._ready()
 
-    def _name(self, local: int, remote: int) -> None:
+    def name(self, local: int, remote: int) -> None:
+        """The four-tuple from now on, of these ports."""
         address = self.address.removeprefix("::ffff:")
         text = "[{}]:{},[{}]:{}" if self._ipv6 else "{}:{},{}:{}"
         self._four_tuple = migrate.FourTuple.parse(text.format(address, local, self.peer_address, remote))
@@ -219,7 +227,7 @@ class Life:
 
     def move(self) -> None:
         """To the other host."""
-        self.ours = self.mover.move(self.ours)
+        self.ours = self.mover.move(self.ours, self._four_tuple)
         self.ours.setblocking(False)
 
     def deliver(self) -> None:

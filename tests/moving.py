@@ -44,24 +44,32 @@ class Mover:
         self._vips[self.there.name].withdraw(self._address)
         self._vips[self.here.name].announce(self._address)
 
-    def move(self, sock: socket.socket) -> socket.socket:
-        """Take the connection of ``sock``, whose host has the address now, to the other host."""
-        four_tuple = _four_tuple(sock)
+    def move(self, sock: socket.socket, four_tuple: migrate.FourTuple | None = None) -> socket.socket:
+        """Take the connection of ``sock``, whose host has the address now, to the other host.
+
+        The kernel does not tell ``four_tuple`` in every state.
+        """
+        four_tuple = four_tuple or _four_tuple(sock)
         with (
             migrate.hold([four_tuple], netns=self.here.netns) as before,
             migrate.hold([four_tuple], netns=self.there.netns) as after,
         ):
             record = self.record = migrate.Ici.decode(migrate.dump(sock).encode())
-            self._vips[self.here.name].withdraw(self._address)
-            self._vips[self.there.name].announce(self._address)
-            with netns.entered(self.there.netns):
+            self.move_address()
+            with netns.entered(self.here.netns):
                 restored = migrate.restore(record, activate=False)
             migrate.release(sock)
             sock.close()
             after.keep(packet for packets in before.take().values() for packet in packets)
+            after.replay()  # first: it opens the way out, which the window probe needs
             migrate.activate(restored)
-        self.here, self.there = self.there, self.here
         return restored
+
+    def move_address(self) -> None:
+        """From one host to the other."""
+        self._vips[self.here.name].withdraw(self._address)
+        self._vips[self.there.name].announce(self._address)
+        self.here, self.there = self.there, self.here
 
 
 def _four_tuple(sock: socket.socket) -> migrate.FourTuple:

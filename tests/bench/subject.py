@@ -19,9 +19,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from migrate import Error, Ici, activate, release, restore
-from migrate.checkpoint import dump_many
-from migrate.kernel import options
+from migrate import Error, Ici, activate, bulk, release, restore
 
 PHASES = ("save", "close", "restore", "resume")
 LOOPBACK = "ip link set lo up mtu 1500 && ip route replace local 127.0.0.1 dev lo table local initcwnd 100"
@@ -95,7 +93,7 @@ class Subject:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        options.prepare()  # as whoever moves many does beforehand
+        bulk.prepare()  # as whoever moves many does beforehand
         self.peers = Peers(arguments)
         listener = socket.socket()  # without SO_REUSEADDR, as the reference's: an option more would be carried
         listener.bind(("127.0.0.1", 8000))
@@ -145,7 +143,7 @@ class Subject:
 
     def _run_batch(self, old: list[socket.socket], cost: Cost) -> list[socket.socket]:
         with cost.phase("save"):
-            records = [_saved(record) for record in dump_many(old)]
+            records = [_saved(record) for record in bulk.dump_many(old)]
         with cost.phase("close"):
             for sock in old:
                 release(sock)
