@@ -172,6 +172,9 @@ def _finish(
         if hold is not None:
             holds.linger(hold, seconds)
     else:
+        if hold is not None:
+            with contextlib.suppress(Error):
+                hold.replay()  # first: it opens the way out again, which the probe of a thaw needs
         _thaw(sockets.values())
         if hold is not None:
             hold.lift()

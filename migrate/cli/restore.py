@@ -174,7 +174,7 @@ def _held(
     guard = Guard(lambda _: _keep_waiting(name, seconds))
     failed = True
     try:
-        with Hold(tuples, name=name, timeout=seconds + holds.MARGIN) as hold:
+        with Hold(tuples, name=name, timeout=seconds + holds.MARGIN, outgoing=False) as hold:
             try:
                 holds.release_others(tuples)
                 yield hold
@@ -206,15 +206,18 @@ def _silent(record: Ici) -> Restored:
 def _hand_over(
     adopter: Adopter, restored: dict[FourTuple, tuple[Ici, Restored]], hold: Hold, failures: Failures
 ) -> Sequence[Adoption]:
-    """Give silent sockets to their owner, activate them, replay what arrived, let the owner run."""
+    """Give silent sockets to their owner, replay what arrived, activate them, let the owner run.
+
+    The replay opens the way out again, which the window probe of an activation needs.
+    """
     everyone = list(restored.values())
     adoptions = adopter.adopt([sock for _, sock in everyone])
+    hold.replay(list(restored))
     for record, sock in everyone:
         try:
             activate(sock)
         except Error as error:
             _failed(record, sock, error, restored, failures)
-    hold.replay(list(restored))
     for position, adoption in enumerate(adoptions):
         try:
             adoption.go()
