@@ -33,6 +33,7 @@ from tests.fix_netns import Host
 from tests.waiting import until
 
 PORT = 7420
+AGENT = [sys.executable, "-m", "migrate.cli", "agent"]
 
 
 class Done(NamedTuple):
@@ -68,7 +69,7 @@ class Agent:
 
     def start(self, *, crash_at: str = "", environment: Mapping[str, str] | None = None) -> None:
         """Start it, and wait until it serves."""
-        command = [sys.executable, "-m", "migrate.cli", "agent", *self._words]
+        command = [*AGENT, *self._words]
         with open(self.log, "ab") as log:
             self.process = self.host.popen(
                 command, stderr=log, env={**os.environ, "TCPMIG_CRASH_AT": crash_at, **(environment or {})}

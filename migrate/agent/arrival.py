@@ -108,6 +108,8 @@ class Arrivals(Driver):
                     self.host.carrier.drop_unused()
 
     def _check(self, batch: Arrival, command: do.Check) -> Checked:
+        if batch.machine.steer:
+            self.host.steerer.warm(batch.machine.steer)
         refused = self.host.journal.conflicts(command.connections)
         left = _descriptors_left()
         for connection in command.connections:

@@ -95,6 +95,8 @@ class Move:
     async def plan(self) -> tuple[list[Found], dict[FourTuple, Error]]:
         """What would be tried, and what not and why. Raises NotFound if nothing was selected."""
         found = await asyncio.to_thread(find, self._wish.selector, extensions=Extension.INFO)
+        ours = os.getpid()  # the agents' own connections
+        found = [each for each in found if all(owner.pid != ours for owner in each.owners) or not each.owners]
         obstacles = {each.connection.four_tuple: each.obstacle for each in found}
         refused = {each: why for each, why in obstacles.items() if why is not None}
         return [each for each in found if each.connection.four_tuple not in refused], refused
