@@ -20,6 +20,8 @@ from migrate.fourtuple import MAPPED, FourTuple, parse_endpoint
 from migrate.tcpstate import REBUILD, TcpState
 
 __all__ = [
+    "ENDED_BY_FIN",
+    "ENDED_BY_RST",
     "FIELDS",
     "MAX_FIELDS",
     "MAX_QUEUE",
@@ -33,11 +35,13 @@ __all__ = [
     "write_records",
 ]
 
-VERSION = (1, 0)  # major, minor
+VERSION = (1, 1)  # major, minor
 MAX_RECORD = 256 << 20  # bytes of one body
 MAX_QUEUE = 128 << 20  # bytes of one queue; 33 MB were seen under load
 MAX_FIELDS = 9 << 20  # bytes of the map of fields: the application's state and a mebibyte for the others
 MAX_APP = 8 << 20
+
+ENDED_BY_FIN, ENDED_BY_RST = 1, 2  # values of Ici.ended
 
 
 class Field(NamedTuple):
@@ -119,6 +123,9 @@ class Ici(msgspec.Struct, omit_defaults=True, gc=False):
     sent: Annotated[Queue, Field("the send queue from snd_una: sent, not acknowledged", "bytes")] = b""
     unsent: Annotated[Queue, Field("the rest of the send queue: never sent", "bytes")] = b""
     received: Annotated[Queue, Field("the receive queue up to rcv_nxt: acknowledged, not read", "bytes")] = b""
+    ended: Annotated[_Choice, Field("CLOSED: 0 there was no connection, 1 ended by FINs, 2 by a reset")] = 0
+    backlog: Annotated[_U32, Field("LISTEN: the length that its accept queue may have", "connections")] = 0
+    time_left: Annotated[_U32, Field("TIME-WAIT: how much longer it lasts", "milliseconds")] = 0
 
     @property
     def four_tuple(self) -> FourTuple:

@@ -22,6 +22,7 @@ import functools
 import socket
 import time
 
+from migrate import unconnected
 from migrate.checkpoint import HasFileno
 from migrate.errors import Conflict, Error, HostError, Refused, from_oserror
 from migrate.fourtuple import MAPPED
@@ -32,6 +33,7 @@ from migrate.tcpstate import REBUILD, Step, TcpState, Way
 
 __all__ = ["Restored", "activate", "discard", "restore"]
 
+_REPAIRED = (Way.REPAIR, Way.RECREATE)
 _PLANS = [REBUILD[TcpState(max(number, 1))] for number in range(max(TcpState) + 1)]  # by the state's number
 
 _CHUNK = 1 << 20  # bytes of a queue given to one send()
@@ -111,8 +113,8 @@ def _silence(sock: socket.socket) -> None:
 
 def _rebuild(sock: Restored, ici: Ici) -> None:
     plan = _PLANS[ici.state]
-    if plan.way is not Way.REPAIR:
-        raise Refused(f"{ici.four_tuple} was in {TcpState(ici.state).name}: {plan.reason}")
+    if plan.way not in _REPAIRED:
+        return _rebuild_unconnected(sock, ici)
     chosen = ici.options
     if chosen:
         sock.unset += options.apply(sock, chosen, options.Phase.BEFORE_BIND)
@@ -156,7 +158,20 @@ def _set_congestion(sock: Restored, name: str) -> None:
         sock.unset.append("TCP_CONGESTION")
 
 
+def _rebuild_unconnected(sock: Restored, ici: Ici) -> None:
+    if not _PLANS[ici.state].dumpable:
+        raise Refused(f"{ici.four_tuple} was in {TcpState(ici.state).name}: {_PLANS[ici.state].reason}")
+    try:
+        sock.unset += unconnected.rebuild(sock, ici)
+    except OSError as error:
+        raise _bind_error(ici, error) from None
+
+
 def _activate(sock: Restored, ici: Ici) -> None:
+    if _PLANS[ici.state].way not in _REPAIRED:
+        sock.unset += unconnected.activate(sock, ici)
+        sock.record = None
+        return
     # The probe makes the peer repeat its window and what it has received. It is needed where segments or an
     # opening of the peer's window may have been lost, and costs most of the time of leaving repair mode.
     sockopt.leave_repair(sock, probe=bool(ici.sent or ici.unsent))

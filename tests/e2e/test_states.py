@@ -1,7 +1,7 @@
 """Every state of RFC 9293, moved between two hosts, and then on through the rest of its life.
 
 The cases are `migrate.tcpstate`'s: for each state the first of its PATHS that comes through it. The events up to there
-happen on one host, the rest on the other; after each of them the kernel has to agree with TRANSITIONS, and the wire too.
+happen on one host, the rest on the other; after each of them the kernel agrees with TRANSITIONS, at the end the wire.
 """
 
 from __future__ import annotations

@@ -56,6 +56,9 @@ FIELDS: dict[str, tuple[type[Any], tuple[int, int], Any]] = {
     "origin_host": (str, (0, 255), ""),
     "origin_time": (int, U63, 0),
     "origin_kernel": (str, (0, 255), ""),
+    "ended": (int, (0, 2), 0),
+    "backlog": (int, U32, 0),
+    "time_left": (int, U32, 0),
 }
 CLOSED, LISTEN, FIN_ACKED = 7, 10, (5, 6)
 MAPPED = bytes(10) + b"\xff\xff"
