@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 
 import pytest
 
 import migrate
-from migrate import unconnected
+from migrate import quarantine, unconnected
 from migrate.errors import Refused
 from migrate.kernel import diag, netns, options, sockopt
 from migrate.tcpstate import REBUILD, TcpState, Way
@@ -263,14 +264,57 @@ def test_a_frozen_listener_begins_no_handshake_and_thaws(field: Field) -> None:
 # TIME_WAIT
 
 
-def time_left(life: Life) -> float:
-    with life.mover.here.entered():
-        found = diag.find(life.four_tuple)
-    assert found and found.state is TcpState.TIME_WAIT
-    return found.expires / 1000
+@families
+def test_time_wait_is_made_anew_where_its_numbers_are_known(field: Field, family: str) -> None:
+    """The record is FIN_WAIT_2's, the peer's FIN comes afterwards: there is TIME_WAIT, which answers a repeated FIN."""
+    with field.life(family) as life, contextlib.ExitStack() as stack:
+        life.passive(prepare)
+        life.ours.shutdown(socket.SHUT_WR)
+        until(lambda: life.state() is TcpState.FIN_WAIT_2)
+        record = migrate.dump(life.ours)
+        migrate.release(life.ours)
+        there = stack.enter_context(migrate.hold([life.four_tuple], netns=life.mover.there.netns))
+        here = stack.enter_context(migrate.hold([life.four_tuple], netns=life.mover.here.netns))
+        life.peer.shutdown(socket.SHUT_WR)
+        until(lambda: life.peer_state() is TcpState.LAST_ACK)
+        record.state, record.rcv_nxt = TcpState.TIME_WAIT, record.rcv_nxt + 1
+        life.mover.move_address()
+        here.discard()
+        with life.mover.here.entered():
+            quarantine.recreate(record)
+        assert life.state() is TcpState.TIME_WAIT
+        there.lift()
+        until(lambda: life.peer_state() is TcpState.CLOSED, what="its FIN is acknowledged")
+        judge(life.wire.segments, life.four_tuple)
 
 
-@pytest.fixture
-def quarantined(field: Field) -> Iterator[Life]:
+def test_time_wait_without_numbers_is_a_quarantine(field: Field) -> None:
     with field.life("ipv4") as life:
-        yield life
+        finished_first(life)
+        until(lambda: life.state() is TcpState.TIME_WAIT)
+        with life.mover.here.entered():
+            found = diag.find(life.four_tuple)
+            assert found
+        record = migrate.Ici.decode(quarantine.record(found).encode())
+        assert quarantine.waits(record) and 50_000 < record.time_left <= 60_000
+        record.time_left = 2500
+        life.mover.move_address()
+        port = life.four_tuple.local_port
+        with life.mover.here.entered(), socket.create_server((life.address, port)) as listener:
+            quarantine.quarantine([record])
+            began = time.monotonic()
+            life.peer.close()
+            with life.client.entered():
+                life.peer = socket.socket()
+            life.peer.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            life.peer.bind((life.peer_address, life.four_tuple.remote_port))
+            life.peer.settimeout(10)
+            life.peer.connect((life.address, port))
+            assert time.monotonic() - began > 2.4, "the four-tuple was kept free"
+            listener.accept()[0].close()
+        assert not life.wire.rsts
+
+
+def test_a_record_without_numbers_is_not_restored(field: Field) -> None:
+    with pytest.raises(Refused, match="TIME_WAIT"):
+        migrate.restore(migrate.Ici(4, b"\x0a\0\0\1", 80, b"\x0a\0\0\2", 81, TcpState.TIME_WAIT, 0, 0, time_left=1000))

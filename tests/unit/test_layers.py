@@ -28,6 +28,7 @@ LAYERS = (
     "bulk",
     "restore",
     "hold",
+    "quarantine",
     "quiet",
     "selection",
     "steer",
