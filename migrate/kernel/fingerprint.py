@@ -4,9 +4,9 @@ Two sockets whose bytes are equal have equal options, whatever those bytes mean.
 long way, option by option, and to recognise the others: 0.3 µs of kernel time a socket, where a hundred getsockopt
 calls take 30. Nothing here interprets a byte but the three buffer sizes, which differ from socket to socket.
 
-A small BPF program walks from this thread's descriptor table to the sockets and copies the `FIELDS` that the kernel's
-own type information locates. Whether an option really shows is not believed but tried, on sockets made for it: one
-that does not is left to the caller to ask for (`Fingerprint.unproven`).
+`kernel.sockmem` copies the `FIELDS` that the kernel's own type information locates. Whether an option really shows is
+not believed but tried, on sockets made for it: one that does not is left to the caller to ask for
+(`Fingerprint.unproven`).
 """
 
 from __future__ import annotations
@@ -14,20 +14,15 @@ from __future__ import annotations
 import socket
 import struct
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from typing import NamedTuple
 
-from migrate.kernel import bpf
 from migrate.kernel.btf import Btf
 from migrate.kernel.option_table import BY_NAME, OPTIONS, Option, Phase
+from migrate.kernel.sockmem import Collector, Part, Run
 
 __all__ = ["Fingerprint", "Print"]
 
-BATCH = 16  # sockets a run: the kernel verifies the loop turn by turn, and more gains little
-
 _SIZE_OPTIONS = tuple(BY_NAME[name][1:3] for name in ("SO_SNDBUF", "SO_RCVBUF", "TCP_WINDOW_CLAMP"))
-PATH = ("task_struct.files", "files_struct.fdt", "fdtable.fd", "file.private_data", "socket.sk")  # to a socket
 SIZE_FIELDS = ("sock.sk_sndbuf", "sock.sk_rcvbuf", "tcp_sock.window_clamp")
 # Each field with the options that live in it; an option of which this kernel lacks a field is `unproven`. A * marks a
 # pointer of which only the highest bit counts, which all addresses of the kernel have: that something is there is alike
@@ -103,11 +98,6 @@ BEHIND = {
 # Believed, not tried: trying throws a switch of the whole machine for good, or needs what a host may not have.
 UNTRIED = {"IP_MINTTL", "IPV6_MINHOPCOUNT", "TCP_TX_DELAY", "TCP_CONGESTION", "SO_RESERVE_MEM", "IPV6_FLOWLABEL_MGR"}
 
-_GET_CURRENT_TASK, _PROBE_READ_KERNEL = 35, 113  # enum bpf_func_id
-# The memory begins with a count, a hole and room for a batch of descriptors; the fingerprints follow.
-_HEADS = [struct.Struct(f"=II{count}i") for count in range(BATCH + 1)]
-_HEAD = _HEADS[BATCH].size
-
 _SIZES = 12  # bytes of three sizes, with which each of them begins
 _unpack_sizes = struct.Struct("=iiI").unpack_from
 
@@ -124,10 +114,10 @@ class Fingerprint:
     """
 
     def __init__(self, settle: Settle) -> None:
-        layout = _Layout(Btf())
-        self._stride, self._end = layout.stride, _HEAD + layout.length  # of the first in the memory
-        self._lock = threading.Lock()  # of the shared memory
-        self._program = bpf.Program(_HEAD + BATCH * layout.stride, layout.code())
+        btf = Btf()
+        layout = _Layout(btf)
+        self._collector = Collector(btf, layout.parts)
+        self._end = self._collector.length
         try:
             self.unproven = frozenset(_unproven(self, layout.located, settle))
         except BaseException:
@@ -136,30 +126,22 @@ class Fingerprint:
 
     def take(self, descriptor: int) -> Print:
         """The fingerprint of a descriptor of this process, which must be a TCP socket's."""
-        memory = self._program.memory
-        with self._lock:
-            _HEADS[1].pack_into(memory, 0, 1, 0, descriptor)
-            self._program.run()
-            return memory[_HEAD + _SIZES : self._end], *_unpack_sizes(memory, _HEAD)
+        with self._collector.one(descriptor) as (memory, at):
+            return memory[at + _SIZES : at + self._end], *_unpack_sizes(memory, at)
 
     def take_many(self, descriptors: Sequence[int]) -> list[Print]:
         """The same for many, at a third of the cost each."""
         taken: list[Print] = []
-        memory, stride, rest = self._program.memory, self._stride, self._end - _HEAD - _SIZES
-        with self._lock:
-            for start in range(0, len(descriptors), BATCH):
-                batch = descriptors[start : start + BATCH]
-                count = len(batch)
-                _HEADS[count].pack_into(memory, 0, count, 0, *batch)
-                self._program.run()
-                for at in range(_HEAD, _HEAD + count * stride, stride):
-                    send, receive, clamp = _unpack_sizes(memory, at)
-                    taken.append((memory[at + _SIZES : at + _SIZES + rest], send, receive, clamp))
+        end = self._end
+        for memory, places in self._collector.batches(descriptors):
+            for at in places:
+                send, receive, clamp = _unpack_sizes(memory, at)
+                taken.append((memory[at + _SIZES : at + end], send, receive, clamp))
         return taken
 
     def close(self) -> None:
         """Give the program back."""
-        self._program.close()
+        self._collector.close()
 
 
 def _unproven(fingerprint: Fingerprint, located: Set[str], settle: Settle) -> Iterator[str]:
@@ -192,18 +174,15 @@ def _unproven(fingerprint: Fingerprint, located: Set[str], settle: Settle) -> It
 
 
 class _Layout:
-    """Which bytes of the kernel's structures make a fingerprint, and the program that collects them."""
+    """Which bytes of the kernel's structures make a fingerprint."""
 
     def __init__(self, btf: Btf) -> None:
         self.located = {option.name for option in OPTIONS}  # those that live in fields which this kernel has
-        self._path = [btf.place(step).offset for step in PATH]
-        self._sizes = [btf.place(field).offset for field in SIZE_FIELDS]
-        self._parts: list[tuple[int | None, list[_Run]]] = [(None, self._runs(btf, FIELDS))]
-        self._parts += [(btf.place(pointer).offset, self._runs(btf, fields)) for pointer, fields in BEHIND.items()]
-        self.length = _SIZES + sum(len(run.masks) for _pointer, runs in self._parts for run in runs)
-        self.stride = (self.length + 7) // 8 * 8
+        sizes = [Run(btf.place(field).offset, 4) for field in SIZE_FIELDS]
+        self.parts = [Part(None, sizes + self._runs(btf, FIELDS))]
+        self.parts += [Part(btf.place(pointer).offset, self._runs(btf, fields)) for pointer, fields in BEHIND.items()]
 
-    def _runs(self, btf: Btf, fields: Mapping[str, str]) -> list[_Run]:
+    def _runs(self, btf: Btf, fields: Mapping[str, str]) -> list[Run]:
         masks: dict[int, int] = {}  # by offset: the bits of that byte
         for field, options in fields.items():
             try:
@@ -218,75 +197,10 @@ class _Layout:
             for offset, bit in enumerate(bits, place.offset):
                 if bit:
                     masks[offset] = masks.get(offset, 0) | bit
-        runs: list[_Run] = []
+        rows: list[tuple[int, list[int]]] = []  # bytes in a row: where they begin, and their masks
         for offset, mask in sorted(masks.items()):
-            if runs and runs[-1].offset + len(runs[-1].masks) == offset:
-                runs[-1].masks.append(mask)
+            if rows and rows[-1][0] + len(rows[-1][1]) == offset:
+                rows[-1][1].append(mask)
             else:
-                runs.append(_Run(offset, [mask]))
-        return runs
-
-    def code(self) -> bytes:
-        """The program. Registers: 6 the memory, 7 the descriptor table, 8 the turn, 9 the structure at hand.
-
-        On the stack: at -8 a pointer just read, at -16 the socket, at -24 where this socket's fingerprint goes.
-        """
-        task_files, files_table, table_descriptors, *to_socket = self._path
-        before = bpf.call(_GET_CURRENT_TASK) + bpf.move(7, 0)
-        for offset in (task_files, files_table, table_descriptors):
-            before += _follow(7, 7, offset)
-        before += bpf.put(8, 0)
-
-        turn = bpf.move(1, 8) + bpf.multiply(1, 4) + bpf.add_register(1, bpf.SHARED) + bpf.load(1, 1, 8, width=4)
-        turn += bpf.multiply(1, 8) + bpf.move(9, 7) + bpf.add_register(9, 1)  # the descriptor's place in the table
-        for offset in (0, *to_socket):
-            turn += _follow(9, 9, offset)
-        turn += bpf.store(bpf.FRAME, 9, -16)
-        turn += bpf.move(1, 8) + bpf.multiply(1, self.stride) + bpf.add_register(1, bpf.SHARED) + bpf.add(1, _HEAD)
-        turn += bpf.store(bpf.FRAME, 1, -24)
-        position = 0
-        for offset in self._sizes:
-            turn += _copy(position, offset, 4)
-            position += 4
-        for pointer, runs in self._parts:
-            if pointer is not None:
-                turn += bpf.load(9, bpf.FRAME, -16) + _follow(9, 9, pointer)
-            for run in runs:
-                turn += _copy(position, run.offset, len(run.masks))
-                for at, mask in enumerate(run.masks, position):
-                    turn += _mask(at, mask) if mask != 0xFF else b""
-                position += len(run.masks)
-        turn += bpf.add(8, 1)
-
-        length = len(turn) // bpf.INSTRUCTION
-        stop = bpf.load(1, bpf.SHARED, 0, width=4) + bpf.jump_unless_less(8, 1, length + 1)
-        again = bpf.jump_if_less(8, BATCH, -(length + 3))
-        return before + stop + turn + again + bpf.put(0, 0) + bpf.leave()
-
-
-class _Run(NamedTuple):
-    """Bytes in a row, from ``offset`` on, and of each the bits that count."""
-
-    offset: int
-    masks: list[int]
-
-
-def _follow(to: int, source: int, offset: int) -> bytes:
-    """The pointer at ``offset`` of the structure that register ``source`` points to; null if it cannot be read."""
-    return bpf.move(1, bpf.FRAME) + bpf.add(1, -8) + _read(8, source, offset) + bpf.load(to, bpf.FRAME, -8)
-
-
-def _copy(position: int, offset: int, size: int) -> bytes:
-    """From ``offset`` of the structure at hand to ``position`` of the fingerprint; zeros if it cannot be read."""
-    return bpf.load(1, bpf.FRAME, -24) + bpf.add(1, position) + _read(size, 9, offset)
-
-
-def _read(size: int, source: int, offset: int) -> bytes:
-    """Kernel memory to where register 1 points."""
-    return bpf.put(2, size) + bpf.move(3, source) + bpf.add(3, offset) + bpf.call(_PROBE_READ_KERNEL)
-
-
-def _mask(position: int, mask: int) -> bytes:
-    """Keep of a byte of the fingerprint only some bits."""
-    byte = bpf.load(1, bpf.FRAME, -24) + bpf.load(2, 1, position, width=1)
-    return byte + bpf.mask(2, mask) + bpf.store(1, 2, position, width=1)
+                rows.append((offset, [mask]))
+        return [Run(offset, len(row), row) for offset, row in rows]

@@ -1,8 +1,7 @@
 """The numbers of many TCP sockets at once, as the kernel keeps them: what a dump needs, for 0.5 µs a socket.
 
-Asked through getsockopt(2) the same takes thirteen calls. A BPF program (`kernel.bpf`) goes from this thread's
-descriptor table to the sockets and copies the fields that the kernel's type information locates. It takes no lock, so
-a connection must stand still: held, and in repair mode.
+Asked through getsockopt(2) the same takes thirteen calls. `kernel.sockmem` reads the fields without a lock, so a
+connection must stand still: held, and in repair mode.
 
 Nobody promises what these fields mean. Therefore whoever uses this compares the first connection with what the
 documented calls say, and goes on with those calls where they differ (`migrate.bulk`).
@@ -12,12 +11,11 @@ from __future__ import annotations
 
 import functools
 import struct
-import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from migrate.kernel import bpf
 from migrate.kernel.btf import Btf, Place
+from migrate.kernel.sockmem import Collector, Part, Run
 
 __all__ = ["Negotiated", "Numbers", "Snapshot"]
 
@@ -71,10 +69,6 @@ _BITS = (
     "tcp_sock.ecn_flags",
 )
 _ECN, _ACCECN = 1, 16  # TCP_ECN_OK or TCP_ECN_MODE_RFC3168, TCP_ECN_MODE_ACCECN (include/net/tcp.h)
-
-_GET_CURRENT_TASK, _PROBE_READ_KERNEL = 35, 113  # enum bpf_func_id
-_HEADS = [struct.Struct(f"=II{count}i") for count in range(BATCH + 1)]
-_HEAD = _HEADS[BATCH].size
 
 
 class Negotiated(NamedTuple):
@@ -133,28 +127,21 @@ class Snapshot:
         self._bits = [btf.place(field) for field in _BITS]
         if any(place.size != 1 for place in self._bits):
             raise ValueError("a bit field goes over a byte's end")
-        self._layout = struct.Struct("=" + "".join(_FIELDS.values()) + f"{len(_BITS)}s16s")
-        self._stride = (self._layout.size + 7) // 8 * 8
-        self._program = bpf.Program(_HEAD + BATCH * self._stride, self._code(btf))
-        self._lock = threading.Lock()  # of the shared memory
+        own = [Run(btf.place(field).offset, struct.calcsize("=" + letter)) for field, letter in _FIELDS.items()]
+        own += [Run(place.offset, 1) for place in self._bits]
+        name = Part(btf.place(_CONGESTION).offset, [Run(btf.place(_NAME).offset, 16)])
+        self._unpack = struct.Struct("=" + "".join(_FIELDS.values()) + f"{len(_BITS)}s16s").unpack_from
+        self._collector = Collector(btf, [Part(None, own), name])
         self.negotiated = functools.lru_cache(maxsize=256)(self._negotiated)
 
     def take_many(self, descriptors: Sequence[int]) -> list[tuple[Any, ...]]:
         """Of each of these descriptors of this process, which must be TCP sockets, what `Numbers` names."""
-        taken: list[tuple[Any, ...]] = []
-        memory, unpack, stride = self._program.memory, self._layout.unpack_from, self._stride
-        with self._lock:
-            for start in range(0, len(descriptors), BATCH):
-                batch = descriptors[start : start + BATCH]
-                count = len(batch)
-                _HEADS[count].pack_into(memory, 0, count, 0, *batch)
-                self._program.run()
-                taken += [unpack(memory, at) for at in range(_HEAD, _HEAD + count * stride, stride)]
-        return taken
+        unpack, batches = self._unpack, self._collector.batches(descriptors)
+        return [unpack(memory, at) for memory, places in batches for at in places]
 
     def close(self) -> None:
         """Give the program back."""
-        self._program.close()
+        self._collector.close()
 
     def _negotiated(self, raw: bytes) -> Negotiated:
         tstamp, sack, wscale, snd_wscale, rcv_wscale, usec, ecn = (
@@ -168,55 +155,7 @@ class Snapshot:
             2 if ecn & _ACCECN else 1 if ecn & _ECN else 0,
         )
 
-    def _code(self, btf: Btf) -> bytes:
-        """Registers: 6 the memory, 7 the descriptor table, 8 the turn, 9 the structure at hand.
-
-        On the stack: at -8 a pointer just read, at -16 where this socket's numbers go.
-        """
-        task_files, files_table, table_descriptors, *to_socket = (btf.place(step).offset for step in _PATH)
-        before = bpf.call(_GET_CURRENT_TASK) + bpf.move(7, 0)
-        for offset in (task_files, files_table, table_descriptors):
-            before += _follow(7, 7, offset)
-        before += bpf.put(8, 0)
-
-        turn = bpf.move(1, 8) + bpf.multiply(1, 4) + bpf.add_register(1, bpf.SHARED) + bpf.load(1, 1, 8, width=4)
-        turn += bpf.multiply(1, 8) + bpf.move(9, 7) + bpf.add_register(9, 1)  # the descriptor's place in the table
-        for offset in (0, *to_socket):
-            turn += _follow(9, 9, offset)
-        turn += bpf.move(1, 8) + bpf.multiply(1, self._stride) + bpf.add_register(1, bpf.SHARED) + bpf.add(1, _HEAD)
-        turn += bpf.store(bpf.FRAME, 1, -16)
-        position = 0
-        for field, letter in _FIELDS.items():
-            size = struct.calcsize("=" + letter)
-            turn += _copy(position, btf.place(field).offset, size)
-            position += size
-        for place in self._bits:
-            turn += _copy(position, place.offset, 1)
-            position += 1
-        turn += _follow(9, 9, btf.place(_CONGESTION).offset) + _copy(position, btf.place(_NAME).offset, 16)
-        turn += bpf.add(8, 1)
-
-        length = len(turn) // bpf.INSTRUCTION
-        stop = bpf.load(1, bpf.SHARED, 0, width=4) + bpf.jump_unless_less(8, 1, length + 1)
-        again = bpf.jump_if_less(8, BATCH, -(length + 3))
-        return before + stop + turn + again + bpf.put(0, 0) + bpf.leave()
-
 
 def _shifted(byte: int, place: Place) -> int:
     mask = place.mask or 0xFF
     return (byte & mask) >> (mask & -mask).bit_length() - 1
-
-
-def _follow(to: int, source: int, offset: int) -> bytes:
-    """The pointer at ``offset`` of the structure that register ``source`` points to; null if it cannot be read."""
-    return bpf.move(1, bpf.FRAME) + bpf.add(1, -8) + _read(8, source, offset) + bpf.load(to, bpf.FRAME, -8)
-
-
-def _copy(position: int, offset: int, size: int) -> bytes:
-    """From ``offset`` of the structure at hand to ``position`` of this socket's numbers; zeros if it cannot be read."""
-    return bpf.load(1, bpf.FRAME, -16) + bpf.add(1, position) + _read(size, 9, offset)
-
-
-def _read(size: int, source: int, offset: int) -> bytes:
-    """Kernel memory to where register 1 points."""
-    return bpf.put(2, size) + bpf.move(3, source) + bpf.add(3, offset) + bpf.call(_PROBE_READ_KERNEL)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from migrate.errors import KernelError
-from migrate.kernel import bpf, fingerprint, option_values, options, uapi
+from migrate.kernel import bpf, fingerprint, option_values, options, sockmem, uapi
 from migrate.kernel.btf import Btf
 from migrate.kernel.option_table import BY_NAME, LEFT_OUT, OPTIONS, Kind, Option, Phase
 from tests.fix_netns import Host, Lan
@@ -362,16 +362,16 @@ def test_an_option_that_shows_in_no_fingerprint_is_asked_for(
 @pytest.mark.parametrize(
     ("table", "wrong"),
     [
-        ("FIELDS", fingerprint.FIELDS | {"sock.sk_ino": ""}),  # differs from socket to socket
-        ("SIZE_FIELDS", ("sock.sk_rcvbuf", "sock.sk_sndbuf", "tcp_sock.window_clamp")),
-        ("SIZE_FIELDS", ("sock.sk_sndbuf", "sock.sk_rcvbuf", "sock.no_such_field")),
-        ("PATH", ("task_struct.mm", *fingerprint.PATH[1:])),
+        ("fingerprint.FIELDS", fingerprint.FIELDS | {"sock.sk_ino": ""}),  # differs from socket to socket
+        ("fingerprint.SIZE_FIELDS", ("sock.sk_rcvbuf", "sock.sk_sndbuf", "tcp_sock.window_clamp")),
+        ("fingerprint.SIZE_FIELDS", ("sock.sk_sndbuf", "sock.sk_rcvbuf", "sock.no_such_field")),
+        ("sockmem.PATH", ("task_struct.mm", *sockmem.PATH[1:])),
     ],
 )
 def test_fields_that_are_not_what_they_should_be_are_noticed(
     table: str, wrong: Any, here: Host, prepared: options._Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, table, wrong)
+    monkeypatch.setattr(f"migrate.kernel.{table}", wrong)
     reader = options._Reader()
     assert not reader.prepare()
     assert reader.fingerprint is None

@@ -44,13 +44,14 @@ LAYERS = (
 # which tries them all.
 KERNEL_BASE = {"uapi", "netns", "tcpinfo"}
 KERNEL_NEIGHBOURS = {
-    "fingerprint": {"bpf", "btf", "option_table"},
+    "fingerprint": {"btf", "option_table", "sockmem"},
     "nf_tables": {"nfnetlink"},
     "nflog": {"nfnetlink"},
     "nft_table": {"nf_tables", "nfnetlink"},
     "nft": {"nf_tables", "nft_table", "nflog"},
     "option_values": {"option_table"},
-    "snapshot": {"bpf", "btf"},
+    "snapshot": {"btf", "sockmem"},
+    "sockmem": {"bpf", "btf"},
     "options": {"fingerprint", "option_table", "option_values"},
 }
 PROBE = "probe"
