@@ -18,7 +18,7 @@ from migrate.kernel import diag
 from migrate.restore import restore
 from migrate.tcpstate import TcpState
 
-__all__ = ["quarantine", "recreate", "record", "waits"]
+__all__ = ["quarantine", "record", "recreate", "waits"]
 
 
 def record(connection: diag.Connection) -> Ici:

@@ -114,7 +114,8 @@ def _silence(sock: socket.socket) -> None:
 def _rebuild(sock: Restored, ici: Ici) -> None:
     plan = _PLANS[ici.state]
     if plan.way is not Way.REPAIR and not (plan.way is Way.RECREATE and ici.mss_clamp):
-        return _rebuild_unconnected(sock, ici)
+        _rebuild_unconnected(sock, ici)
+        return
     chosen = ici.options
     if chosen:
         sock.unset += options.apply(sock, chosen, options.Phase.BEFORE_BIND)

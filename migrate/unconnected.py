@@ -31,7 +31,7 @@ from migrate.kernel.nft import MARK
 from migrate.kernel.segment import ACK, FIN, RST, Injector, Segment
 from migrate.tcpstate import TcpState
 
-__all__ = ["activate", "dump", "rebuild", "settle", "thaw_listener", "waiting"]
+__all__ = ["activate", "dump", "frozen_listener", "rebuild", "settle", "thaw_listener", "waiting"]
 
 HANDSHAKES = 3.0  # seconds to wait for handshakes that have begun: a segment lost in one is repeated after one second
 
@@ -148,6 +148,11 @@ def thaw_listener(sock: socket.socket) -> None:
     """Let handshakes begin again. Raises OSError."""
     if _filter_of(sock) == _NO_SYN:
         sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+
+
+def frozen_listener(sock: socket.socket) -> bool:
+    """Whether it is a listener that lets no handshake begin."""
+    return sockopt.state(sock) == TcpState.LISTEN and _filter_of(sock) == _NO_SYN
 
 
 def _filter_of(sock: socket.socket) -> options.Value:

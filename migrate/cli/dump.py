@@ -9,9 +9,9 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
-from migrate import quiet
+from migrate import quarantine, quiet
 from migrate.checkpoint import check, dump, obstacle, release, thaw
-from migrate.cli import holds, selector
+from migrate.cli import handshakes, holds, selector
 from migrate.cli.epochs import memory
 from migrate.cli.guard import Guard
 from migrate.cli.main import PARTIAL
@@ -23,6 +23,8 @@ from migrate.hold import Hold
 from migrate.ici import FourTuple, Ici
 from migrate.kernel import pidfd, sockopt
 from migrate.kernel.priority import undisturbed
+from migrate.tcpstate import TcpState
+from migrate.unconnected import frozen_listener
 
 __all__ = ["add_arguments", "run"]
 
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=holds.seconds,
         help="wait, at most that long, until the owner has answered everything it has read",
     )
+    handshakes.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
@@ -56,15 +59,22 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     steering = None if arguments.steer is None else vip(arguments.steer)
     if steering is not None and arguments.leave_running:
         raise UsageError("--steer takes the address away: --leave-running would cut the connection off")
-    found = selector.find(chosen)
+    found = handshakes.find(chosen, arguments.wait_handshakes)
     if not found:
         raise NotFound("no connection here matches", hint="tcpmig list shows them")
     failures: list[tuple[str, Error]] = []
+    over = [each for each in found if each.connection.state is TcpState.TIME_WAIT]
     with ExitStack() as opened:
-        sockets = _take(found, opened, failures, output)
-        if not sockets and len(failures) == 1:
+        sockets = _take([each for each in found if each not in over], opened, failures, output)
+        if not sockets and not over and len(failures) == 1:
             raise failures[0][1]
-        saved = _save(sockets, arguments, output, failures) if sockets else []
+        if not arguments.leave_running:
+            handshakes.take(sockets, opened, arguments.wait_handshakes)
+        saved = []
+        if sockets or over:
+            saved = _save(
+                sockets, [quarantine.record(connection) for connection, _ in over], arguments, output, failures
+            )
     if saved and steering is not None:
         steering.give(saved, b"")
     for name, error in failures:
@@ -105,11 +115,12 @@ def _take(
 
 def _save(
     sockets: dict[FourTuple, socket.socket],
+    over: list[Ici],
     arguments: argparse.Namespace,
     output: Output,
     failures: list[tuple[str, Error]],
 ) -> list[FourTuple]:
-    """Freeze and write; the connections saved."""
+    """Freeze and write, with the records of what is ``over`` already; the connections saved."""
     holds.refuse_moving(sockets)
     names = _names(sockets, output)
     name, seconds = holds.new_name(), arguments.hold
@@ -118,7 +129,8 @@ def _save(
         try:
             with Hold(name=name, timeout=seconds + holds.MARGIN) as hold:
                 try:
-                    records = _freeze(sockets, hold, arguments.when_quiet, output, failures)
+                    hold.add([record.four_tuple for record in over])
+                    records = _freeze(sockets, hold, arguments.when_quiet, output, failures) + over
                     for record in records:
                         record.id, record.epoch = names.get(record.four_tuple, (b"", 0))
                     if records and not arguments.leave_running:
@@ -183,7 +195,7 @@ def _finish(
 
 def _frozen(sock: socket.socket) -> bool:
     with contextlib.suppress(OSError):
-        return sockopt.in_repair(sock)
+        return sockopt.in_repair(sock) or frozen_listener(sock)
     return False
 
 

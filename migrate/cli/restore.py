@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
+from migrate import quarantine
 from migrate.adopt import Adopter, Adoption
 from migrate.adopt.child import ChildAdoption, InetdAdopter, SystemdAdopter
 from migrate.adopt.relay import RelayAdopter
@@ -26,6 +27,7 @@ from migrate.hold import Hold
 from migrate.ici import FourTuple, Ici, read_records
 from migrate.kernel.diag import SockDiag
 from migrate.restore import Restored, activate, discard, restore
+from migrate.tcpstate import TcpState
 
 __all__ = ["add_arguments", "run"]
 
@@ -73,11 +75,16 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         holds.refuse_moving([record.four_tuple for record in wanted])
         restored: dict[FourTuple, tuple[Ici, Restored]] = {}
         adoptions: Sequence[Adoption] = ()
-        with _held(wanted, restored, arguments.hold) as hold:
+        kept_free: list[FourTuple] = []
+        connections = [record for record in wanted if record.state != TcpState.TIME_WAIT]
+        with _held(connections, restored, arguments.hold) as hold:
             if steering is not None:
                 steering.take({record.four_tuple for record in wanted})
             for record in wanted:
                 try:
+                    if record.state == TcpState.TIME_WAIT:
+                        kept_free.append(_keep_free(record))
+                        continue
                     sock = _silent(record)
                 except Error as error:
                     failures.append((record, error))
@@ -91,12 +98,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         for record, sock in restored.values():
             if sock.unset:
                 output.warn(f"{record.four_tuple}: this host could not set {', '.join(sorted(set(sock.unset)))}")
-    _report(restored, failures, output)
+    _report([*restored, *kept_free], failures, output)
     if not arguments.detach:
         _wait(adoptions)
     if not failures:
         return 0
-    return PARTIAL if restored else max(error.exit_code for _, error in failures)
+    return PARTIAL if restored or kept_free else max(error.exit_code for _, error in failures)
 
 
 def _adopter(arguments: argparse.Namespace) -> Adopter:
@@ -203,6 +210,15 @@ def _silent(record: Ici) -> Restored:
     return sock
 
 
+def _keep_free(record: Ici) -> FourTuple:
+    """TIME_WAIT, which nobody owns: made anew, or its four-tuple is kept free as long."""
+    if quarantine.waits(record):
+        quarantine.quarantine([record])
+    else:
+        quarantine.recreate(record)
+    return record.four_tuple
+
+
 def _hand_over(
     adopter: Adopter, restored: dict[FourTuple, tuple[Ici, Restored]], hold: Hold, failures: Failures
 ) -> Sequence[Adoption]:
@@ -235,7 +251,7 @@ def _failed(
     discard(sock)
 
 
-def _report(restored: dict[FourTuple, tuple[Ici, Restored]], failures: Failures, output: Output) -> None:
+def _report(restored: Iterable[FourTuple], failures: Failures, output: Output) -> None:
     for four_tuple in restored:
         output.data(f"{four_tuple}: restored", {"connection": str(four_tuple), "ok": True})
     for record, error in failures:

@@ -1,0 +1,115 @@
+"""The command line moves a whole server: its listener, what waits there, and TIME_WAIT."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from migrate.kernel import diag
+from migrate.tcpstate import TcpState
+from tests.fix_netns import Lan, LanFactory
+from tests.waiting import until
+
+TCPMIG = [sys.executable, "-m", "migrate.cli"]
+PORT = 8000
+DEAF = """
+import socket, sys, time
+listener = socket.create_server((sys.argv[1], int(sys.argv[2])), backlog=9)
+print("ready", flush=True)
+time.sleep(1000)
+"""
+ECHO = """
+import os, socket, threading
+def serve(sock):
+    while data := sock.recv(1000):
+        sock.send(data)
+for number in range(3, 3 + int(os.environ["LISTEN_FDS"])):
+    sock = socket.socket(fileno=number)
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        listener = sock
+    else:
+        threading.Thread(target=serve, args=(sock,)).start()
+while True:
+    threading.Thread(target=serve, args=(listener.accept()[0],)).start()
+"""
+
+
+class Server:
+    """One that never accepts, on the floating address of host a."""
+
+    def __init__(self, net: Lan) -> None:
+        self.net, self.a, self.b = net, net.host("a"), net.host("b")
+        net.assign(self.a, net.vip4)
+        self.process = self.a.popen(
+            [sys.executable, "-c", DEAF, net.vip4, str(PORT)], stdout=-1, env={"PYTHONUNBUFFERED": "1"}
+        )
+        assert self.process.stdout and self.process.stdout.readline() == b"ready\n"
+
+    def connect(self) -> socket.socket:
+        with self.net.host("client").entered():
+            return socket.create_connection((self.net.vip4, PORT), timeout=10)
+
+    def dump(self, file: Path, *more: str, check: bool = True) -> list[dict[str, object]]:
+        command = [*TCPMIG, "dump", "--json", "--local", f"{self.net.vip4}:{PORT}", "-o", file, *more]
+        done = self.a.run(command, check=check)
+        assert check or done.returncode, done
+        return [json.loads(line) for line in done.stdout.splitlines()] or [{"said": done.stderr}]
+
+
+@pytest.fixture
+def server(lan: LanFactory) -> Server:
+    return Server(lan("client", "a", "b"))
+
+
+def test_a_server_moves_with_its_queue(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "server.ici"
+    with contextlib.ExitStack() as stack, server.net.capture("client") as wire:
+        clients = [stack.enter_context(server.connect()) for _ in range(2)]
+        for number, client in enumerate(clients):
+            client.send(b"hello %d" % number)
+        saved = server.dump(file, "--state", "LISTEN", "--steer", "vip:eth0")
+        assert len(saved) == 3 and all(each["ok"] for each in saved)
+        server.b.popen([*TCPMIG, "restore", file, "--steer", "vip:eth0", "--systemd", "--", sys.executable, "-c", ECHO])
+        for number, client in enumerate(clients):
+            assert client.recv(100) == b"hello %d" % number
+        with server.connect() as newcomer:
+            newcomer.send(b"new")
+            assert newcomer.recv(100) == b"new"
+        assert not wire.rsts
+
+
+def test_an_owner_that_never_accepts_is_waited_for_in_vain(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "server.ici"
+    with server.connect() as client:
+        said = server.dump(file, "--state", "LISTEN", "--wait-handshakes", "0.2", check=False)
+        assert "1 connections not accepted" in str(said[0])
+        assert not file.exists()
+        with server.connect() as other, server.a.entered():
+            until(lambda: len(diag.list_connections(states={TcpState.ESTABLISHED})) == 2, what="it goes on")
+            assert other and client
+
+
+def test_time_wait_goes_along(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "over.ici"
+    with server.net.host("client").entered():
+        listener = socket.create_server(("", 0))
+    with listener, server.a.entered():
+        ours = socket.create_connection(
+            (server.net.host("client").ip4, listener.getsockname()[1]), source_address=(server.net.vip4, 0)
+        )
+        peer = listener.accept()[0]
+    ours.close()
+    peer.close()
+    with server.a.entered():
+        (over,) = until(lambda: diag.list_connections(states={TcpState.TIME_WAIT}))
+    command = [*TCPMIG, "dump", "--json", str(over.four_tuple), "-o", file, "--steer", "vip:eth0"]
+    assert json.loads(server.a.run(command).stdout)["ok"]
+    done = server.b.run([*TCPMIG, "restore", "--json", file, "--steer", "vip:eth0", "--hold-open"])
+    assert json.loads(done.stdout) == {"v": 1, "connection": str(over.four_tuple), "ok": True}
+    held = server.b.run(["nft", "list", "ruleset"]).stdout
+    assert f"{over.four_tuple.remote_port}" in held and "expires" in held
