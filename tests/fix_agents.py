@@ -163,8 +163,10 @@ def agents(tmp_path: Path, certificates: Path) -> Iterator[Agents]:
     """``agents(host, adopt=["*=child:cat"], options=[…])`` starts an agent in that host."""
     with contextlib.ExitStack() as started:
 
-        def start(host: Host, *, adopt: Sequence[str] = ("*=hold",), options: Sequence[str] = ()) -> Agent:
-            directory = tmp_path / host.name
+        def start(
+            host: Host, *, adopt: Sequence[str] = ("*=hold",), options: Sequence[str] = (), name: str = ""
+        ) -> Agent:
+            directory = tmp_path / (name or host.name)
             directory.mkdir()
             words = [word for each in adopt for word in ("--adopt", each)]
             agent = Agent(host, directory, certificates, [*words, *options])
