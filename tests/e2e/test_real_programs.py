@@ -55,7 +55,17 @@ class Commands:
 
     def restore(self, host: Host, file: Path, *command: str) -> None:
         """Bring them to another, the connection owned by a command that goes on in the background."""
-        words = ["restore", file, "--netns", host.netns, "--detach", "--steer", "vip:eth0", "--", *command]
+        words: list[str | Path] = [
+            "restore",
+            file,
+            "--netns",
+            host.netns,
+            "--detach",
+            "--steer",
+            "vip:eth0",
+            "--",
+            *command,
+        ]
         # Not captured: the command would inherit the pipe, and whoever reads it wait for the command.
         assert subprocess.run([*TCPMIG, *words], stdout=subprocess.DEVNULL, timeout=60, check=False).returncode == 0
 
@@ -85,7 +95,16 @@ def test_nginx_keep_alive(commands: Commands, programs: Programs, content: Conte
         )
     )
     with commands.net.capture("client") as capture:
-        command = ["curl", "--silent", "--show-error", "--fail", "--config", requests, "--rate", "25/s"]
+        command: list[str | Path] = [
+            "curl",
+            "--silent",
+            "--show-error",
+            "--fail",
+            "--config",
+            requests,
+            "--rate",
+            "25/s",
+        ]
         curl = client.popen(
             [*command, "--write-out", "%{local_port} %{num_connects}\n"], stdout=subprocess.PIPE, text=True
         )
