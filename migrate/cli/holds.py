@@ -85,17 +85,16 @@ def adopt(name: str) -> Hold | None:
 
 def linger(hold: Hold, seconds: float) -> None:
     """Keep the hold that long, reading away what it keeps, and let go what lives here again."""
-    end = time.monotonic() + seconds
-    looked = time.monotonic()
+    end, next_look = time.monotonic() + seconds, 0.0
     while (now := time.monotonic()) < end:
-        select.select([hold], (), (), min(end - now, _LOOK))
-        hold.discard()
-        if time.monotonic() - looked >= _LOOK:
-            looked = time.monotonic()
+        if now >= next_look:
             with contextlib.suppress(Error):
                 hold.remove(_living(hold.tuples))
             if not hold.tuples or HOLD + hold.name not in tables(HoldTable.family):
                 break
+            next_look = now + _LOOK
+        select.select([hold], (), (), max(0.0, min(end, next_look) - now))
+        hold.discard()
     hold.lift()
 
 

@@ -1,0 +1,190 @@
+"""Commands that are killed, at every step: a connection lives on, or its record does; never both gone, never a RST."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from signal import SIGKILL
+
+import pytest
+
+from migrate.fourtuple import FourTuple
+from migrate.kernel import sockopt
+from migrate.kernel.nft import tables
+from tests.capture import RST, Capture
+from tests.fix_netns import Host, Lan
+from tests.killing import Killer, Run
+from tests.peers import connect
+from tests.waiting import until
+
+
+class Scene:
+    """A client, the host where commands are killed, and what goes over the wire."""
+
+    def __init__(self, net: Lan, killer: Killer, capture: Capture, directory: Path) -> None:
+        self.net, self.killer, self.capture, self.directory = net, killer, capture, directory
+        self.client, self.a = net.host("client"), net.host("a")
+        self.count = 0
+
+    def new_file(self) -> Path:
+        """A name in a directory of its own, which is empty."""
+        self.count += 1
+        room = self.directory / str(self.count)
+        room.mkdir()
+        return room / "record.ici"
+
+    def dump(self, name: str, file: Path, *more: str, at: int | None = None) -> Run:
+        return self.killer.run("dump", name, "-o", file, "--netns", self.a.netns, "--hold", "20", *more, at=at)
+
+    def restore(self, file: Path, at: int | None = None) -> Run:
+        words = ["restore", file, "--netns", self.a.netns, "--detach", "--hold", "20", "--", "cat"]
+        return self.killer.run(*words, at=at)
+
+    def no_rst(self, name: str) -> None:
+        """The peer of that connection has seen none."""
+        port = FourTuple.parse(name).remote_port
+        flow = [segment for segment in self.capture.segments if port in (segment.source_port, segment.destination_port)]
+        assert not [segment for segment in flow if segment.flags & RST], flow
+
+    def tables(self) -> list[str]:
+        with self.a.entered():
+            return sorted(tables())
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    directory = tmp_path_factory.mktemp("faults")
+    with contextlib.ExitStack() as stack:
+        net = Lan(("client", "a"))
+        stack.callback(net.close)
+        killer = stack.enter_context(Killer({"TCPMIG_STATE": str(directory / "state")}))
+        capture = stack.enter_context(net.capture("client"))
+        yield Scene(net, killer, capture, directory)
+
+
+@contextlib.contextmanager
+def connection(scene: Scene) -> Iterator[tuple[socket.socket, socket.socket, str]]:
+    """Both ends, with b"before " unread at the server's, and its name."""
+    client, server = connect(scene.client, scene.a)
+    with client, server:
+        client.settimeout(10)
+        server.settimeout(10)
+        name = str(FourTuple.parse("{}:{},{}:{}".format(*server.getsockname(), *server.getpeername())))
+        client.sendall(b"before ")
+        until(lambda: sockopt.received_length(server) == 7)
+        yield client, server, name
+
+
+def lives(client: socket.socket, server: socket.socket) -> None:
+    """The connection is whole where it was."""
+    client.sendall(b"after")
+    expected = b"before after"
+    received = b""
+    while len(received) < len(expected):
+        received += server.recv(100)
+    assert received == expected
+    server.sendall(b"answer")
+    assert client.recv(100) == b"answer"
+    client.close()
+    assert server.recv(1) == b""
+
+
+def echoes(client: socket.socket, *, said: bytes = b"") -> None:
+    """`cat` has the connection: it sends back what was unread and what comes."""
+    client.sendall(b"after" if not said else b"")
+    client.shutdown(socket.SHUT_WR)
+    received = b""
+    while data := client.recv(100):
+        received += data
+    assert received == b"before after"
+
+
+def gone(server: socket.socket) -> None:
+    """Its owner has been told that it lost the connection."""
+    with pytest.raises(ConnectionAbortedError):
+        server.recv(1)
+
+
+def settled(scene: Scene, server: socket.socket, file: Path) -> bool:
+    """The guard of a killed dump has done its work; whether the record is in its place."""
+    with server.dup() as mine:
+        until(lambda: file.exists() or not (sockopt.in_repair(mine) or scene.tables()), what="the guard has finished")
+        until(lambda: not sockopt.in_repair(mine))
+    return file.exists()
+
+
+def test_dump(scene: Scene) -> None:
+    """Killed at any step, the connection goes on or the complete record is there."""
+    outcomes: dict[bool, list[str]] = {False: [], True: []}
+    for at in itertools.count(1):
+        file = scene.new_file()
+        with connection(scene) as (client, server, name):
+            run = scene.dump(name, file, at=at)
+            assert run.code in (0, -SIGKILL), run
+            saved = run.code == 0 or settled(scene, server, file)
+            if saved:
+                gone(server)
+                again = scene.restore(file)
+                assert again.code == 0, (at, again)
+                echoes(client)
+                scene.no_rst(name)
+            else:
+                assert not outcomes[True], run.steps
+                lives(client, server)
+                assert list(file.parent.iterdir()) == [], run.steps
+            if run.code == 0:
+                break
+            outcomes[saved].append(run.steps[-1])
+    # One step decides: before the link the connection goes on, after it the record counts.
+    assert outcomes[False][-1] == "link", outcomes
+    assert {"fork", "setsockopt", "writev", "fsync"} <= set(outcomes[False]), outcomes
+    assert {"write", "setsockopt", "close"} <= set(outcomes[True]), outcomes
+    until(lambda: not scene.tables(), what="no table is left")
+    assert not scene.capture.rsts
+
+
+def test_dump_that_leaves_it_running(scene: Scene) -> None:
+    """Killed at any step, the connection goes on."""
+    for at in itertools.count(1, 3):
+        with connection(scene) as (client, server, name):
+            code = scene.dump(name, scene.new_file(), "--leave-running", at=at).code
+            until(lambda mine=server: not sockopt.in_repair(mine))  # type: ignore[misc]
+            lives(client, server)
+            if code == 0:
+                break
+    assert at > 30
+    until(lambda: not scene.tables(), what="no table is left")
+    assert not scene.capture.rsts
+
+
+def test_restore(scene: Scene) -> None:
+    """Killed at any step, the connection lives already or its record brings it to life; the peer waits meanwhile."""
+    steps = []
+    codes = []
+    for at in itertools.count(1):
+        with connection(scene) as (client, server, name):
+            file = scene.new_file()
+            assert scene.dump(name, file).code == 0
+            gone(server)
+            run = scene.restore(file, at=at)
+            if run.code == 0:
+                echoes(client)
+                break
+            assert run.code == -SIGKILL, run
+            steps.append(run.steps[-1])
+            said = b""
+            if at % 8 == 0:  # the peer sends while nobody is there, and will have to repeat it
+                said = b"after"
+                client.sendall(said)
+            again = scene.restore(file)
+            assert again.code == 0 or "exists here already" in again.stdout or "before" in again.stdout, (run, again)
+            codes.append(again.code)
+            echoes(client, said=said)
+            scene.no_rst(name)
+    assert codes == sorted(codes) and codes[0] == 0, list(zip(steps, codes, strict=True))
+    assert {"fork", "setsockopt", "bind", "connect", "send"} <= set(steps), steps
+    until(lambda: not scene.tables(), what="no table is left")
+    assert not scene.capture.rsts
