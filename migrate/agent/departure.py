@@ -14,7 +14,8 @@ from migrate.agent.driver import Driver, Handoff, Host, tuples_of
 from migrate.agent.engine import Again, Batch, Later
 from migrate.agent.logging import get_logger
 from migrate.agent.steering import address_of
-from migrate.checkpoint import dump, release, thaw
+from migrate.bulk import dump_many
+from migrate.checkpoint import release, thaw
 from migrate.errors import Error, Gone, HostError
 from migrate.fourtuple import FourTuple
 from migrate.handoff import commands as do
@@ -22,6 +23,7 @@ from migrate.handoff.events import Event, Frozen, Restarted, Start
 from migrate.handoff.ids import Connection
 from migrate.handoff.messages import Message, Released
 from migrate.handoff.source import SourceHandoff
+from migrate.ici import Ici
 from migrate.kernel import sockopt
 from migrate.kernel.diag import SockDiag
 from migrate.kernel.pidfd import owners_of
@@ -54,6 +56,7 @@ class Departure(Handoff):
         self.sockets.update(sockets or {})
         self.when_quiet = when_quiet
         self.report = report
+        self.frozen: dict[FourTuple, Ici] = {}
         self.gone: set[bytes] = set()  # ended by themselves
         self.frozen_at = self.active_at = 0  # CLOCK_MONOTONIC, nanoseconds
         self.record_bytes = 0
@@ -126,19 +129,18 @@ class Departures(Driver):
 
     def _dumped(self, batch: Departure, connections: Sequence[Connection], refused: dict[bytes, str]) -> Frozen:
         records: dict[bytes, bytes] = {}
-        for connection in connections:
-            try:
-                sock = batch.sockets.get(connection.four_tuple)
-                if sock is None:
-                    raise Gone("the connection ended")
-                record = dump(sock)
-                record.id, record.epoch = connection.id, connection.epoch
-                data = records[connection.id] = record.encode()
-                batch.record_bytes += len(data)
-            except Error as error:
-                refused[connection.id] = error.what
-                if isinstance(error, Gone):
+        there = [connection for connection in connections if connection.four_tuple in batch.sockets]
+        dumped = dump_many([batch.sockets[connection.four_tuple] for connection in there])
+        for connection, record in zip(there, dumped, strict=True):
+            if isinstance(record, Error):
+                refused[connection.id] = record.what
+                if isinstance(record, Gone):
                     batch.gone.add(connection.id)
+                continue
+            record.id, record.epoch = connection.id, connection.epoch
+            records[connection.id] = record.encode()
+            batch.frozen[connection.four_tuple] = record
+        batch.record_bytes = sum(map(len, records.values()))
         self.host.metrics.record_bytes("source", batch.record_bytes)
         return Frozen(records, refused)
 
@@ -167,7 +169,7 @@ class Departures(Driver):
             if sock is not None:
                 with sock, contextlib.suppress(Error, OSError):
                     if sockopt.in_repair(sock):
-                        thaw(sock)
+                        thaw(sock, batch.frozen.pop(connection.four_tuple, None))
         self.host.holds.lift(batch.machine.batch, tuples_of(command.connections))
 
     def _release(self, batch: Departure, command: do.Release) -> None:
@@ -179,6 +181,7 @@ class Departures(Driver):
                     release(sock)
         for sock in sockets:
             sock.close()
+        batch.frozen.clear()
 
     def _send_kept(self, batch: Departure, command: do.SendKept) -> None:
         if batch.stream is None and command.dial:

@@ -22,6 +22,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from migrate import bulk
 from migrate.adopt.spawner import Spawner
 from migrate.agent.adoption import Adopters, Rule
 from migrate.agent.arrival import Arrivals
@@ -152,6 +153,7 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
             departures.kept()
 
         engine.watch(holds.fileno(), arrived)
+        engine.call(bulk.prepare)
         engine.call(partial(recover, host, departures, arrivals))
         engine.start()
         opened.callback(engine.stop)

@@ -2,32 +2,202 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 import socket
+import subprocess
+from collections.abc import Iterator
 
-from tests.fix_agents import Agents
-from tests.fix_netns import Lan, LanFactory
-from tests.peers import connect
+from migrate.agent.client import Client
+from migrate.fourtuple import FourTuple
+from migrate.selection import Selector
+from tests.crowd import ADOPTED, SERVE, Crowd
+from tests.fix_agents import Agent, Agents
+from tests.fix_netns import Host, Lan, LanFactory
+from tests.peers import Peer, connect, digest, echo_server, noise
+from tests.waiting import until
 
-STEER = "vip:eth0"
+VIP = "vip:eth0"
+PORT = 8000
+ECHO = f"*=systemd:{shlex.join(ADOPTED)}"
 
 
-def test_one_connection_there(lan: LanFactory, agents: Agents) -> None:
+def name(client: socket.socket) -> str:
+    """A connection, as the server's host calls it."""
+    (local, local_port), (remote, remote_port) = client.getpeername()[:2], client.getsockname()[:2]
+    return f"{local}:{local_port},{remote}:{remote_port}"
+
+
+def dial(net: Lan, port: int = PORT) -> socket.socket:
+    with net.host("client").entered():
+        sock = socket.create_connection((net.vip4, port), timeout=5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def says(sock: socket.socket, word: bytes) -> bool:
+    """The far end echoes."""
+    sock.sendall(word)
+    return sock.recv(len(word), socket.MSG_WAITALL) == word
+
+
+def carries(host: Host, address: str) -> bool:
+    return f" {address}/" in host.run(["ip", "-o", "address", "show", "dev", host.dev]).stdout
+
+
+@contextlib.contextmanager
+def serving(host: Host, address: str, port: int = PORT) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that echoes, as an unmodified program would."""
+    process = host.popen([*SERVE, address, str(port)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    yield process
+
+
+def test_one_connection_there_and_back(lan: LanFactory, agents: Agents) -> None:
     net = lan("client", "a", "b")
     net.assign("a", net.vip4)
-    a, b = agents(net.host("a")), agents(net.host("b"), adopt=["*=child:cat"])
-    client, server = connect(net.host("client"), net.host("a"), net.vip4)
-    with client, server, net.capture("client") as wire:
-        client.settimeout(5)
-        client.sendall(b"one")
-        assert server.recv(10) == b"one"
-        done = a.tcpmig("migrate", name(net, client), "--to", b.address, "--steer", STEER)
-        assert done.code == 0, (done, a.log.read_text(), b.log.read_text())
-        client.sendall(b"two")
-        assert client.recv(10) == b"two"
+    a, b = agents(net.host("a"), adopt=[ECHO]), agents(net.host("b"), adopt=[ECHO])
+    with serving(net.host("a"), net.vip4), dial(net) as client, net.capture("client") as wire:
+        assert says(client, b"before")
+        for source, destination in ((a, b), (b, a)):
+            done = source.tcpmig("migrate", name(client), "--to", destination.address, "--steer", VIP)
+            assert (done.code, done.summary["done"], done.results[name(client)]["ok"]) == (0, 1, True), done
+            assert says(client, b"after")
+            assert carries(destination.host, net.vip4)
+            assert not carries(source.host, net.vip4)
     assert not wire.rsts
 
 
-def name(net: Lan, client: socket.socket) -> str:
-    """A connection, as the server's host calls it."""
-    remote, local = client.getsockname()[:2], client.getpeername()[:2]
-    return f"{local[0]}:{local[1]},{remote[0]}:{remote[1]}"
+def test_unread_and_unsent_data_moves(lan: LanFactory, agents: Agents) -> None:
+    net = lan("client", "a", "b")
+    net.assign("a", net.vip4)
+    size = 3 << 20
+    a, b = agents(net.host("a")), agents(net.host("b"), adopt=["*=child:cat"])
+    client, server = connect(net.host("client"), net.host("a"), net.vip4)
+    with client, server:
+        peer = Peer(client, send=size, receive=size, close_after=True)
+        until(lambda: peer.sent > 1 << 17, what="much is unread")
+        done = a.tcpmig("migrate", name(client), "--to", b.address, "--steer", VIP)
+        assert done.code == 0, done
+        peer.join()
+        assert peer.received_digest == digest(noise(), size)
+
+
+def test_a_single_connection_moves_alone(lan: LanFactory, agents: Agents) -> None:
+    for steer in ("forward", VIP):
+        net = lan("client", "a", "b")
+        net.assign("a", net.vip4)
+        a = agents(net.host("a"), adopt=[ECHO], name=f"a-{steer[:3]}")
+        b = agents(net.host("b"), adopt=[ECHO], name=f"b-{steer[:3]}")
+        with (
+            serving(net.host("a"), net.vip4),
+            dial(net) as mover,
+            dial(net) as stays,
+            net.capture("client") as wire,
+        ):
+            assert says(mover, b"1")
+            assert says(stays, b"1")
+            assert a.tcpmig("migrate", name(mover), "--to", b.address, "--steer", steer).code == 0
+            assert says(mover, b"22")
+            assert says(stays, b"22")
+            assert carries(net.host("a"), net.vip4)  # it has a connection there, and the listener
+            assert a.forwarded() == 1
+            with dial(net) as new:
+                assert says(new, b"new")
+            assert b.tcpmig("migrate", name(mover), "--to", a.address, "--steer", steer).code == 0
+            assert says(mover, b"333")
+            assert says(stays, b"333")
+            until(lambda: a.forwarded() == 0, what="nothing is forwarded any more")
+        assert not wire.rsts
+
+
+def test_refused_ones_stay_alive(lan: LanFactory, agents: Agents) -> None:
+    net = lan("client", "a", "b")
+    net.assign("a", net.vip4)
+    a, b = agents(net.host("a")), agents(net.host("b"), adopt=[f"{net.vip4}:8001=child:cat"])
+    with (
+        serving(net.host("a"), net.vip4, 8000),
+        serving(net.host("a"), net.vip4, 8001),
+        dial(net, 8000) as stays,
+        dial(net, 8001) as moves,
+        net.capture("client") as wire,
+    ):
+        assert says(stays, b"1")
+        assert says(moves, b"1")
+        done = a.tcpmig("migrate", "--local", net.vip4, "--to", b.address, "--steer", VIP)
+        assert done.code == 3, done
+        assert done.results[name(moves)]["ok"]
+        assert "nobody at the destination adopts it" in done.results[name(stays)]["reason"]
+        assert says(stays, b"2")
+        assert says(moves, b"2")
+        done = a.tcpmig("migrate", name(stays), "--to", b.address)
+        assert done.code == 1
+        assert says(stays, b"3")
+    assert not wire.rsts
+
+
+def test_a_destination_that_is_not_there(lan: LanFactory, agents: Agents) -> None:
+    net = lan("client", "a", "b")
+    net.assign("a", net.vip4)
+    a = agents(net.host("a"))
+    with serving(net.host("a"), net.vip4), dial(net) as client:
+        done = a.tcpmig("migrate", name(client), "--to", "10.0.0.3:7420", "--steer", VIP)
+        assert done.code == 1
+        assert "broke" in done.results[name(client)]["reason"]
+        assert says(client, b"alive")
+        assert a.tcpmig("migrate", "10.0.0.100:1,10.0.0.1:2", "--to", "10.0.0.3:7420").code == 1
+        assert a.tcpmig("migrate", "--to", "10.0.0.3:7420").code == 2
+
+
+def test_drain_at_quiet_points(lan: LanFactory, agents: Agents) -> None:
+    net = lan("client", "a", "b")
+    net.assign("a", net.vip4)
+    a, b = agents(net.host("a")), agents(net.host("b"), adopt=[ECHO])
+    with serving(net.host("a"), net.vip4), Crowd(net.host("client"), net.vip4, PORT, 60) as crowd:
+        crowd.echo()
+        plan = a.tcpmig("drain", "--to", b.address, "--dry-run")
+        assert plan.code == 0
+        assert sum(each["ok"] for each in plan.results.values()) == 60
+        assert plan.objects[-1]["expected_frozen_us"] > 0
+        done = a.tcpmig("drain", "--to", b.address, "--steer", VIP, "--when-quiet", "10")
+        assert (done.code, done.summary["done"]) == (0, 60), done
+        crowd.echo()
+
+
+def test_a_thousand_there_and_back(lan: LanFactory, agents: Agents) -> None:
+    net = lan("client", "a", "b")
+    net.assign("a", net.vip4)
+    a, b = agents(net.host("a"), adopt=[ECHO]), agents(net.host("b"), adopt=[ECHO])
+    with (
+        serving(net.host("a"), net.vip4),
+        net.capture("client") as wire,
+        Crowd(net.host("client"), net.vip4, PORT, 1000) as crowd,
+    ):
+        crowd.echo()
+        for source, destination in ((a, b), (b, a)):
+            done = source.tcpmig("drain", "--to", destination.address, "--steer", VIP)
+            assert (done.code, done.summary["done"]) == (0, 1000), done.summary
+            crowd.echo()
+    assert not wire.rsts
+
+
+def test_fifty_moves_in_a_row(lan: LanFactory, agents: Agents) -> None:
+    net = lan("client", "a", "b")
+    net.assign("a", net.vip4)
+    a, b = agents(net.host("a"), adopt=["*=child:cat"]), agents(net.host("b"), adopt=["*=child:cat"])
+    with echo_server(net.host("a"), net.vip4, PORT), dial(net) as client, net.capture("client") as wire:
+        assert says(client, b"before")
+        with Client(f"unix:{a.socket}") as at_a, Client(f"unix:{b.socket}") as at_b:
+            for number in range(25):
+                assert moved(at_a, client, b)
+                assert says(client, b"there %d" % number)
+                assert moved(at_b, client, a)
+                assert says(client, b"back %d" % number)
+    assert not wire.rsts
+
+
+def moved(at: Client, client: socket.socket, to: Agent) -> bool:
+    """Move it by the library's call."""
+    *_, last = at.migrate(Selector(connection=FourTuple.parse(name(client))), to.address, steer=VIP)
+    return bool(last.summary.done == 1)
