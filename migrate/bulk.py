@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from migrate import checkpoint
@@ -20,8 +20,9 @@ from migrate.fourtuple import MAPPED
 from migrate.ici import Ici
 from migrate.kernel import options
 from migrate.kernel.snapshot import Numbers, Snapshot
+from migrate.restore import Defaults, Restored, restore_with
 
-__all__ = ["dump_many", "prepare"]
+__all__ = ["dump_many", "prepare", "restore_many"]
 
 _FEW = 8  # connections for which getting ready is not worth its time
 _WRITE_SEQ, _SND_NXT = Numbers._fields.index("write_seq"), Numbers._fields.index("snd_nxt")
@@ -96,6 +97,18 @@ def dump_many(socks: Sequence[socket.socket]) -> list[Ici | Error]:
     if not _bulk.trusted and frozen:
         _compare(socks, frozen, found, results)
     return [_one(socks[place]) if result is None else result for place, result in enumerate(results)]
+
+
+def restore_many(records: Iterable[Ici], *, activate: bool = True) -> list[Restored | Error]:
+    """Of each record what `restore.restore` makes of it, or why that could not be."""
+    defaults: Defaults = {}
+    results: list[Restored | Error] = []
+    for record in records:
+        try:
+            results.append(restore_with(defaults, record, activate=activate))
+        except Error as error:
+            results.append(error)
+    return results
 
 
 def _one(sock: socket.socket) -> Ici | Error:

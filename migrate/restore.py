@@ -9,7 +9,10 @@ The order of the calls in `restore` is the contract with the kernel:
 3. bind and connect, which in repair mode send nothing and give ESTABLISHED.
 4. What was negotiated, then the timestamp.
 5. The receive queue, then the part of the send queue that was sent: written in repair mode it counts as sent.
-6. No queue, then the windows; FINs as the state asks for. The socket is now silent.
+6. FINs as the state asks for, then the windows. The socket is now silent.
+
+Which queue was selected last does not matter: the kernel looks at it only in repair mode, and until `activate` ends
+that nobody writes to the socket.
 
 `activate` leaves repair mode and hands the rest of the send queue to the kernel as any application would.
 """
@@ -31,11 +34,15 @@ from migrate.kernel import netns, options, segment, sockopt, uapi
 from migrate.kernel.nft import MARK
 from migrate.tcpstate import REBUILD, Step, TcpState, Way
 
-__all__ = ["Restored", "activate", "discard", "restore"]
+__all__ = ["Defaults", "Restored", "activate", "discard", "restore", "restore_with"]
+
+Defaults = dict[tuple[bytes, bytes], str]  # the congestion control that a connection between two addresses begins with
 
 _REPAIRED = (Way.REPAIR, Way.RECREATE)
 _PLANS = [REBUILD[TcpState(max(number, 1))] for number in range(max(TcpState) + 1)]  # by the state's number
 
+_INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)  # names of this module are found quicker than others
+_STREAM, _TCP, _MAXSEG = int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP), socket.TCP_MAXSEG
 _CHUNK = 1 << 20  # bytes of a queue given to one send()
 _SMALLEST_CHUNK = 1 << 10
 _MAXSEG_LIMIT = 32767  # MAX_TCP_WINDOW in include/net/tcp.h: the most TCP_MAXSEG takes
@@ -65,14 +72,18 @@ def restore(ici: Ici, *, activate: bool = True) -> socket.socket:
     Raises Conflict if the four-tuple exists here, HostError if its address does not, PrivilegeError, KernelError.
     After an error nothing is left.
     """
-    family = socket.AF_INET if ici.family == 4 else socket.AF_INET6
+    return restore_with({}, ici, activate=activate)
+
+
+def restore_with(defaults: Defaults, ici: Ici, *, activate: bool) -> Restored:
+    """`restore` for one of many: what was learnt of this namespace with one serves the next (`migrate.bulk`)."""
     try:
-        sock = Restored(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        sock = Restored(_INET if ici.family == 4 else _INET6, _STREAM, _TCP)
     except OSError as error:
         raise from_oserror("making a socket", error, hint=_descriptor_hint(error)) from None
     try:
         sock.record, sock.unset = ici, []
-        _rebuild(sock, ici)
+        _rebuild(sock, ici, defaults)
         if activate:
             _activate(sock, ici)
     except BaseException as error:
@@ -111,7 +122,7 @@ def _silence(sock: socket.socket) -> None:
         return
 
 
-def _rebuild(sock: Restored, ici: Ici) -> None:
+def _rebuild(sock: Restored, ici: Ici, defaults: Defaults) -> None:
     plan = _PLANS[ici.state]
     if plan.way is not Way.REPAIR and not (plan.way is Way.RECREATE and ici.mss_clamp):
         _rebuild_unconnected(sock, ici)
@@ -126,16 +137,16 @@ def _rebuild(sock: Restored, ici: Ici) -> None:
         sockopt.begin_queues(sock, snd_una, rcv_nxt)
     except OSError as error:
         raise from_oserror("TCP_REPAIR", error) from None
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, min(ici.mss_clamp, _MAXSEG_LIMIT))
+    mss_clamp, timestamps = ici.mss_clamp, ici.timestamps
+    sock.setsockopt(_TCP, _MAXSEG, mss_clamp if mss_clamp < _MAXSEG_LIMIT else _MAXSEG_LIMIT)
     _connect(sock, ici)
-    if ici.congestion and ici.congestion != sockopt.congestion(sock):
-        _set_congestion(sock, ici.congestion)
+    if ici.congestion:
+        _choose_congestion(sock, ici, defaults)
     sockopt.set_repair_options(
-        sock,
-        sockopt.repair_options(ici.mss_clamp, ici.snd_wscale, ici.rcv_wscale, ici.sack, ici.timestamps > 0),
+        sock, sockopt.repair_options(mss_clamp, ici.snd_wscale, ici.rcv_wscale, ici.sack, timestamps > 0)
     )
-    if ici.timestamps:
-        sockopt.set_timestamp(sock, ici.ts_value & ~1 | (ici.timestamps == 2))
+    if timestamps:
+        sockopt.set_timestamp(sock, ici.ts_value & ~1 | (timestamps == 2))
     if ici.received:
         _fill(sock, ici.received, _RECEIVE)  # that queue is still selected
     if ici.sent:
@@ -147,15 +158,18 @@ def _rebuild(sock: Restored, ici: Ici) -> None:
             _take_steps(sock, ici, plan.steps)
         elif plan.received_fin and rcv_wup == ici.rcv_nxt:
             rcv_wnd, rcv_wup = rcv_wnd + 1, rcv_wup - 1 & 0xFFFFFFFF  # the peer's FIN is not in yet
-    sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
     if chosen:
         sock.unset += options.apply(sock, chosen, options.Phase.IN_REPAIR)
     # Last, because an injected segment changes the windows.
     sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, rcv_wnd, rcv_wup))
 
 
-def _set_congestion(sock: Restored, name: str) -> None:
-    if not sockopt.set_congestion(sock, name):
+def _choose_congestion(sock: Restored, ici: Ici, defaults: Defaults) -> None:
+    """Where it is not what connect() gave, which the namespace's default and the route (``congctl``) decide."""
+    ends = ici.local, ici.remote
+    if ends not in defaults:
+        defaults[ends] = sockopt.congestion(sock)
+    if ici.congestion != defaults[ends] and not sockopt.set_congestion(sock, ici.congestion):
         sock.unset.append("TCP_CONGESTION")
 
 
