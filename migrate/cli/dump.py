@@ -11,18 +11,19 @@ from contextlib import ExitStack
 
 from migrate import quarantine, quiet
 from migrate.checkpoint import check, dump, obstacle, release, thaw
-from migrate.cli import handshakes, holds, selector
+from migrate.cli import handshakes, holds, sealing, selector
 from migrate.cli.epochs import memory
 from migrate.cli.guard import Guard
 from migrate.cli.main import PARTIAL
 from migrate.cli.output import Output
 from migrate.cli.recordfile import RecordFile
 from migrate.cli.steering import vip
-from migrate.errors import Error, NotFound, Refused, UsageError
+from migrate.errors import Error, Gone, NotFound, Refused, UsageError
 from migrate.hold import Hold
 from migrate.ici import FourTuple, Ici
 from migrate.kernel import pidfd, sockopt
 from migrate.kernel.priority import undisturbed
+from migrate.sealed import Key
 from migrate.tcpstate import TcpState
 from migrate.unconnected import frozen_listener
 
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="wait, at most that long, until the owner has answered everything it has read",
     )
     handshakes.add_arguments(parser)
+    sealing.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
@@ -59,6 +61,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     steering = None if arguments.steer is None else vip(arguments.steer)
     if steering is not None and arguments.leave_running:
         raise UsageError("--steer takes the address away: --leave-running would cut the connection off")
+    key = sealing.key(arguments.key)
     found = handshakes.find(chosen, arguments.wait_handshakes)
     if not found:
         raise NotFound("no connection here matches", hint="tcpmig list shows them")
@@ -73,15 +76,25 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         saved = []
         if sockets or over:
             saved = _save(
-                sockets, [quarantine.record(connection) for connection, _ in over], arguments, output, failures
+                sockets, [quarantine.record(connection) for connection, _ in over], arguments, output, failures, key=key
             )
     if saved and steering is not None:
         steering.give(saved, b"")
     for name, error in failures:
-        output.data(f"{name}: {error}", {"connection": name, "ok": False, "reason": str(error)})
+        output.failure(name, error)
     if not failures:
         return 0
     return PARTIAL if saved else 1
+
+
+def _refuse_descriptor(pid: int, descriptor: int) -> None:
+    """Say what it is, if it is a socket that cannot be dumped."""
+    process = pidfd.open_process(pid)
+    try:
+        with socket.socket(fileno=pidfd.get_fd(process, descriptor)) as sock:
+            check(sock)
+    finally:
+        os.close(process)
 
 
 def _take(
@@ -119,12 +132,14 @@ def _save(
     arguments: argparse.Namespace,
     output: Output,
     failures: list[tuple[str, Error]],
+    *,
+    key: Key | None,
 ) -> list[FourTuple]:
     """Freeze and write, with the records of what is ``over`` already; the connections saved."""
     holds.refuse_moving(sockets)
     names = _names(sockets, output)
     name, seconds = holds.new_name(), arguments.hold
-    with RecordFile(arguments.output) as file:
+    with RecordFile(arguments.output, key) as file:
         guard = Guard(lambda told: _finish(told or file.committed(), sockets, name, file, seconds))
         try:
             with Hold(name=name, timeout=seconds + holds.MARGIN) as hold:
@@ -235,8 +250,15 @@ def _freeze(
             if record.received and when_quiet is None:
                 output.warn(f"{key} is busy: what its owner has read and not answered stays with the owner")
             records.append(record)
-    failures += [(str(key), Refused("it was never quiet", hint="give --when-quiet more seconds")) for key in missed]
+    failures += [(str(key), _never_quiet(sockets[key])) for key in missed]
     return records
+
+
+def _never_quiet(sock: socket.socket) -> Refused:
+    with contextlib.suppress(OSError):
+        sock.getpeername()
+        return Refused("it was never quiet", hint="give --when-quiet more seconds")
+    return Gone("the connection ended while it was waited for")
 
 
 def _groups(sockets: dict[FourTuple, socket.socket], hold: Hold, when_quiet: float | None) -> Iterator[list[FourTuple]]:

@@ -15,8 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
+from migrate import ici, sealed
 from migrate.errors import Error, HostError, PrivilegeError, UsageError, from_oserror
-from migrate.ici import Ici, write_records
+from migrate.ici import Ici
 
 __all__ = ["RecordFile"]
 
@@ -26,10 +27,14 @@ _WITHOUT_LINKS = errno.EOPNOTSUPP, errno.EPERM
 
 
 class RecordFile:
-    """A context manager; leaving it without a commit leaves nothing behind. ``-`` is standard output."""
+    """A context manager; leaving it without a commit leaves nothing behind. ``-`` is standard output.
 
-    def __init__(self, path: str) -> None:
+    With a key the records are sealed.
+    """
+
+    def __init__(self, path: str, key: sealed.Key | None = None) -> None:
         self.path = path
+        self._key = key
         self._beside: str | None = None
         self._directory = self._descriptor = -1
         self._done = False
@@ -75,7 +80,10 @@ class RecordFile:
     def write(self, records: Iterable[Ici]) -> None:
         """All records, down to the disk. Raises KernelError: no space, for one."""
         try:
-            write_records(self._descriptor, records)
+            if self._key is None:
+                ici.write_records(self._descriptor, records)
+            else:
+                sealed.write_records(self._descriptor, records, self._key)
             if self._directory >= 0:
                 os.fsync(self._descriptor)
         except OSError as error:

@@ -15,18 +15,19 @@ from migrate.adopt import Adopter, Adoption
 from migrate.adopt.child import ChildAdoption, InetdAdopter, SystemdAdopter
 from migrate.adopt.relay import RelayAdopter
 from migrate.adopt.spawner import Gate, Spawner
-from migrate.cli import holds
+from migrate.cli import holds, sealing
 from migrate.cli.epochs import Epochs, memory
 from migrate.cli.guard import Guard
 from migrate.cli.main import PARTIAL
 from migrate.cli.output import Output
 from migrate.cli.show import opened
 from migrate.cli.steering import vip
-from migrate.errors import Conflict, Error, UsageError
+from migrate.errors import Conflict, Error, RecordTruncated, UsageError
 from migrate.hold import Hold
-from migrate.ici import FourTuple, Ici, read_records
+from migrate.ici import FourTuple, Ici
 from migrate.kernel.diag import SockDiag
 from migrate.restore import Restored, activate, discard, restore
+from migrate.sealed import read_records
 from migrate.tcpstate import TcpState
 
 __all__ = ["add_arguments", "run"]
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         help="what cannot be restored may be tried again: keep this host from answering its peer that long (60)",
     )
+    sealing.add_arguments(parser)
     parser.set_defaults(command=[])
     parser.usage = "%(prog)s [-h] [OPTION ...] FILE [-- CMD ...]"
     parser.epilog = "-- CMD ... is run once a connection, with the socket as its standard input and output (inetd)."
@@ -61,10 +63,11 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     """Restore silently, hand over, activate, replay."""
     adopter = _adopter(arguments)
     adopter.check()
+    key = sealing.key(arguments.key)
     with opened(arguments.file) as file:
-        records = list(read_records(file))
+        records = list(read_records(file, key))
     if not records:
-        raise UsageError(f"{arguments.file!r} holds no record")
+        raise RecordTruncated(f"{arguments.file!r} holds no record", offset=0)
     steering = None if arguments.steer is None else vip(arguments.steer)
     failures: Failures = []
     with ExitStack() as kept:

@@ -12,13 +12,16 @@ from typing import BinaryIO
 
 import msgspec
 
-from migrate.cli.output import Output
-from migrate.errors import NotFound, PrivilegeError, from_oserror
-from migrate.ici import FIELDS, Ici, read_records
+from migrate.cli import sealing
+from migrate.cli.output import Output, bytes_text
+from migrate.errors import NotFound, PrivilegeError, RecordError, from_oserror
+from migrate.ici import FIELDS, Field, Ici
+from migrate.sealed import read_records
 from migrate.tcpstate import TcpState
 
 __all__ = ["add_arguments", "opened", "run"]
 
+_UNITS = {"bytes": "bytes", "bits": "bits", "segments": "segments", "microseconds": "us", "milliseconds": "ms"}
 _QUEUES = ("sent", "unsent", "received")
 
 
@@ -26,12 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A file, and whether user data may be shown."""
     parser.add_argument("file", metavar="FILE", help="a file of records, or - for standard input")
     parser.add_argument("--queues", action="store_true", help="also print the queues' contents: they are user data")
+    sealing.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Print every record, every field with its meaning."""
+    key = sealing.key(arguments.key)
     with opened(arguments.file) as file:
-        for number, record in enumerate(read_records(file), 1):
+        for number, record in enumerate(read_records(file, key), 1):
             values = _values(record, queues=arguments.queues)
             output.data(_text(number, record, values), {"record": number, **values})
     return 0
@@ -40,19 +45,25 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
     """The file of that name, ``-`` for standard input. Raises NotFound, PrivilegeError, KernelError."""
-    if path == "-":
-        yield sys.stdin.buffer
-        return
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below, its errors are not the caller's
+        with _opened(path) as file:
+            yield file
+    except RecordError as error:
+        error.what = f"{'standard input' if path == '-' else repr(path)}: {error.what}"
+        raise
+
+
+def _opened(path: str) -> contextlib.AbstractContextManager[BinaryIO]:
+    if path == "-":
+        return contextlib.nullcontext(sys.stdin.buffer)
+    try:
+        return open(path, "rb")
     except FileNotFoundError:
         raise NotFound(f"there is no file {path!r}") from None
     except PermissionError:
         raise PrivilegeError(f"{path!r} may not be read", hint="records belong to whoever dumped them (0600)") from None
     except OSError as error:
         raise from_oserror(f"opening {path!r}", error) from None
-    with file:
-        yield file
 
 
 def _values(record: Ici, *, queues: bool) -> dict[str, object]:
@@ -85,11 +96,29 @@ def _text(number: int, record: Ici, values: dict[str, object]) -> str:
     for name, value in values.items():
         if name in ("local", "remote", "state"):
             continue
-        meaning = FIELDS.get(name.removesuffix("_bytes"), "")
-        shown = _time(record.origin_time) if name == "origin_time" else value
-        lines.append(f"  {name:16} {shown!s:34} {meaning}".rstrip())
+        field = FIELDS.get(name.removesuffix("_bytes"), Field("its contents, in base64"))
+        lines.append(f"  {name:15} {_shown(name, value, field.unit):32} {field.meaning}".rstrip())
+        if isinstance(value, dict):
+            lines += [f"    {option:30} {inner}" for option, inner in sorted(value.items())]
     return "\n".join(lines)
 
 
+def _shown(name: str, value: object, unit: str) -> str:
+    """A value as people read it, with its unit."""
+    if name == "origin_time":
+        return _time(value) if isinstance(value, int) and value else "unknown"
+    if isinstance(value, dict):
+        return f"{len(value)}, below" if value else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("_bytes"):
+        unit = "bytes"
+    if not isinstance(value, int) or unit not in _UNITS:
+        return str(value) or "none"
+    if value < 0:
+        return "none"
+    return f"{value} {_UNITS[unit]}" + (f" ({bytes_text(value)})" if unit == "bytes" and value >= 1024 else "")
+
+
 def _time(nanoseconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(nanoseconds / 1e9)) if nanoseconds else "unknown"
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(nanoseconds / 1e9))
