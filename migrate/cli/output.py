@@ -25,6 +25,13 @@ class Output:
         """One result: a line for people, or the object for programs."""
         print(json.dumps({"v": VERSION, **record}) if self.as_json else text, file=self.stdout, flush=True)
 
+    def failure(self, name: str, error: Error) -> None:
+        """One result that is none, where others may be: an object for programs, a narration for people."""
+        if self.as_json:
+            self.data("", {"connection": name, "ok": False, "reason": str(error)})
+        else:
+            self.say(explain(error, about="" if name in error.what else name))
+
     def table(self, headings: list[str], rows: list[list[str]]) -> None:
         """Aligned columns, for people only."""
         widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
@@ -41,9 +48,9 @@ class Output:
         self.say(f"tcpmig: warning: {text}")
 
 
-def explain(error: Error) -> str:
+def explain(error: Error, *, about: str = "") -> str:
     """An error as the user reads it: what, and on a line of its own what would help."""
-    return f"tcpmig: {error.what}" + (f"\n  hint: {error.hint}" if error.hint else "")
+    return f"tcpmig: {about}{': ' if about else ''}{error.what}" + (f"\n  hint: {error.hint}" if error.hint else "")
 
 
 def bytes_text(count: int) -> str:

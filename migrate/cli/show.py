@@ -97,7 +97,7 @@ def _text(number: int, record: Ici, values: dict[str, object]) -> str:
         if name in ("local", "remote", "state"):
             continue
         field = FIELDS.get(name.removesuffix("_bytes"), Field("its contents, in base64"))
-        lines.append(f"  {name:15} {_shown(name, value, field.unit):32} {field.meaning}".rstrip())
+        lines.append(f"  {name:15} {_shown(name, value, field.unit):33} {field.meaning}".rstrip())
         if isinstance(value, dict):
             lines += [f"    {option:30} {inner}" for option, inner in sorted(value.items())]
     return "\n".join(lines)
