@@ -16,7 +16,7 @@ from migrate.kernel import netns
 from migrate.steer.vip import Vip
 from tests.fix_netns import Host
 
-__all__ = ["Mover"]
+__all__ = ["Mover", "four_tuple"]
 
 
 class Mover:
@@ -24,6 +24,7 @@ class Mover:
 
     def __init__(self, here: Host, there: Host, address: str) -> None:
         self.here, self.there = here, there
+        self.address = address
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._address = socket.inet_pton(family, address)
         self._stack = contextlib.ExitStack()
@@ -44,15 +45,15 @@ class Mover:
         self._vips[self.there.name].withdraw(self._address)
         self._vips[self.here.name].announce(self._address)
 
-    def move(self, sock: socket.socket, four_tuple: migrate.FourTuple | None = None) -> socket.socket:
+    def move(self, sock: socket.socket, name: migrate.FourTuple | None = None) -> socket.socket:
         """Take the connection of ``sock``, whose host has the address now, to the other host.
 
-        The kernel does not tell ``four_tuple`` in every state.
+        The kernel does not tell its ``name``, the four-tuple, in every state.
         """
-        four_tuple = four_tuple or _four_tuple(sock)
+        name = name or four_tuple(sock)
         with (
-            migrate.hold([four_tuple], netns=self.here.netns) as before,
-            migrate.hold([four_tuple], netns=self.there.netns) as after,
+            migrate.hold([name], netns=self.here.netns) as before,
+            migrate.hold([name], netns=self.there.netns) as after,
         ):
             record = self.record = migrate.Ici.decode(migrate.dump(sock).encode())
             self.move_address()
@@ -72,7 +73,8 @@ class Mover:
         self.here, self.there = self.there, self.here
 
 
-def _four_tuple(sock: socket.socket) -> migrate.FourTuple:
+def four_tuple(sock: socket.socket) -> migrate.FourTuple:
+    """The connection as its kernel names it, while it has a peer."""
     ends = [
         f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         for address, port, *_ in (sock.getsockname(), sock.getpeername())
