@@ -184,6 +184,7 @@ def _held(
     guard = Guard(lambda _: _keep_waiting(name, seconds))
     failed = True
     try:
+        # The way out stays open, for the window probe of an activation; a silent socket has next to nothing to say.
         with Hold(tuples, name=name, timeout=seconds + holds.MARGIN, outgoing=False) as hold:
             try:
                 holds.release_others(tuples)
@@ -225,18 +226,18 @@ def _keep_free(record: Ici) -> FourTuple:
 def _hand_over(
     adopter: Adopter, restored: dict[FourTuple, tuple[Ici, Restored]], hold: Hold, failures: Failures
 ) -> Sequence[Adoption]:
-    """Give silent sockets to their owner, replay what arrived, activate them, let the owner run.
+    """Give silent sockets to their owner, activate them, replay what arrived, let the owner run.
 
-    The replay opens the way out again, which the window probe of an activation needs.
+    In this order: what a silent socket were given it would acknowledge, and it dies with this process.
     """
     everyone = list(restored.values())
     adoptions = adopter.adopt([sock for _, sock in everyone])
-    hold.replay(list(restored))
     for record, sock in everyone:
         try:
             activate(sock)
         except Error as error:
             _failed(record, sock, error, restored, failures)
+    hold.replay(list(restored))
     for position, adoption in enumerate(adoptions):
         try:
             adoption.go()
@@ -258,11 +259,7 @@ def _report(restored: Iterable[FourTuple], failures: Failures, output: Output) -
     for four_tuple in restored:
         output.data(f"{four_tuple}: restored", {"connection": str(four_tuple), "ok": True})
     for record, error in failures:
-        name = str(record.four_tuple)
-        output.data(
-            str(error) if name in error.what else f"{name}: {error}",
-            {"connection": name, "ok": False, "reason": str(error)},
-        )
+        output.failure(str(record.four_tuple), error)
 
 
 def _wait(adoptions: Sequence[Adoption]) -> None:
