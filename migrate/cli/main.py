@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 some connections failed, 4 this host ca
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import NoReturn, TextIO
 
 from migrate import __version__
 from migrate.cli.output import Output, explain
-from migrate.errors import Error
+from migrate.errors import Error, HostError, from_oserror
 
 __all__ = ["PARTIAL", "build_parser", "main"]
 
@@ -29,6 +30,7 @@ VERBS = {
     "agent": "the daemon that moves connections between hosts",
     "migrate": "move connections to another agent's host",
     "drain": "move everything that can move to other agents' hosts",
+    "failover": "a floating address and its connections move to the standby",
     "watch": "what this host's agent does, as it happens",
     "demo": "three hosts in namespaces, real traffic, a migration, a picture",
     "completion": "print a shell's completion script",
@@ -88,8 +90,19 @@ def main(words: Sequence[str] | None = None, *, stdout: TextIO | None = None, st
         # The reader of our output has seen enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # What no module foresaw: above all that descriptors or memory ran out, which can strike at any call.
+        failure = _exhausted(error) or from_oserror(error.filename or "a system call", error)
+        output.say(explain(failure))
+        return failure.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _exhausted(error: OSError) -> HostError | None:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return HostError("no descriptor left", hint="raise the limit of open files: ulimit -n, LimitNOFILE= in systemd")
+    return None
 
 
 def _run(arguments: argparse.Namespace, output: Output) -> int:

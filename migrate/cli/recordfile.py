@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from migrate import ici, sealed
-from migrate.errors import Error, HostError, PrivilegeError, UsageError, from_oserror
+from migrate.errors import Error, HostError, KernelError, PrivilegeError, UsageError
 from migrate.ici import Ici
 
 __all__ = ["RecordFile"]
@@ -86,7 +86,7 @@ class RecordFile:
                 sealed.write_records(self._descriptor, records, self._key)
             if self._directory >= 0:
                 os.fsync(self._descriptor)
-        except OSError as error:
+        except (KernelError, OSError) as error:
             raise self._failed(error) from None
 
     def commit(self) -> None:
@@ -128,11 +128,11 @@ class RecordFile:
             f"{self.path!r} exists, and may hold the only copy of a connection", hint="give another name, or remove it"
         )
 
-    def _failed(self, error: OSError) -> Error:
+    def _failed(self, error: KernelError | OSError) -> Error:
         what = f"writing {self.path!r}"
         if self._descriptor >= 0 and error.errno in _WITHOUT_LINKS:
             return HostError(f"{what}: its file system can give no file a second name", hint="write to another one")
         hint = "nothing was taken: the connections go on here"
         if isinstance(error, PermissionError):
             return PrivilegeError(f"{what}: not permitted", hint=hint)
-        return from_oserror(what, error, hint=hint)
+        return KernelError(what, error.errno or 0, hint=hint)
