@@ -130,9 +130,10 @@ def _rebuild(sock: Restored, ici: Ici, defaults: Defaults) -> None:
     chosen = ici.options
     if chosen:
         sock.unset += options.apply(sock, chosen, options.Phase.BEFORE_BIND)
-    snd_una, rcv_nxt = ici.snd_una, ici.rcv_nxt - len(ici.received)
-    if plan.steps:
-        snd_una, rcv_nxt = snd_una - plan.fin_acked, rcv_nxt - plan.received_fin
+    snd_una, rcv_nxt = ici.snd_una, ici.rcv_nxt
+    if plan.steps or ici.received:
+        snd_una = (snd_una - plan.fin_acked) & 0xFFFFFFFF
+        rcv_nxt = (rcv_nxt - plan.received_fin - len(ici.received)) & 0xFFFFFFFF
     try:
         sockopt.begin_queues(sock, snd_una, rcv_nxt)
     except OSError as error:
@@ -245,9 +246,10 @@ def _await_change(sock: socket.socket, before: int) -> None:
 
 
 def _connect(sock: Restored, ici: Ici) -> None:
-    local, remote = _addresses(ici)
+    text = _text4 if ici.family == 4 else _text6
+    remote: tuple[str | int, ...] = (text(ici.remote), ici.remote_port)
     try:
-        sock.bind(local)
+        sock.bind((text(ici.local), ici.local_port))
     except OSError as error:
         raise _bind_error(ici, error) from None
     if ici.options:
@@ -258,11 +260,6 @@ def _connect(sock: Restored, ici: Ici) -> None:
         sock.connect(remote)
     except OSError as error:
         raise _connect_error(ici, error) from None
-
-
-def _addresses(ici: Ici) -> tuple[tuple[str, int], tuple[str | int, ...]]:
-    text = _text4 if ici.family == 4 else _text6
-    return (text(ici.local), ici.local_port), (text(ici.remote), ici.remote_port)
 
 
 _text4 = functools.lru_cache(maxsize=4096)(socket.inet_ntoa)

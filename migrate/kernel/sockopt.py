@@ -43,7 +43,6 @@ __all__ = [
     "set_repair_options",
     "set_timestamp",
     "set_window",
-    "signed",
     "state",
     "tcp_info",
     "timestamp",
@@ -54,9 +53,12 @@ __all__ = [
 
 _TCP, _SOL = int(socket.IPPROTO_TCP), socket.SOL_SOCKET
 _TCP_INFO_BYTES = 232  # up to tcpi_snd_wnd: what Linux 5.4 fills
-_QUEUE, _SEQ = uapi.TCP_REPAIR_QUEUE, uapi.TCP_QUEUE_SEQ
+# Names of this module are found quicker than others.
+_REPAIR, _QUEUE, _SEQ = uapi.TCP_REPAIR, uapi.TCP_REPAIR_QUEUE, uapi.TCP_QUEUE_SEQ
+_REPAIR_OPTIONS, _REPAIR_WINDOW, _TIMESTAMP = uapi.TCP_REPAIR_OPTIONS, uapi.TCP_REPAIR_WINDOW, uapi.TCP_TIMESTAMP
 _INT = struct.Struct("=i")
 _WINDOW = struct.Struct("=5I")  # struct tcp_repair_window
+_pack_window = _WINDOW.pack
 _meminfo = struct.Struct("=II12xI").unpack_from  # three of SK_MEMINFO_*
 _OPTION = struct.Struct("=II")  # struct tcp_repair_opt
 _FOUR = bytes(4)
@@ -64,8 +66,8 @@ _UNSPEC = bytes(16)  # struct sockaddr, sa_family AF_UNSPEC
 
 # PyDLL: these calls never wait, so the interpreter lock is kept. No argtypes: declaring them doubles a call's cost.
 _libc = ctypes.PyDLL(None, use_errno=True)
-_setsockopt = _libc.setsockopt
 _connect = _libc.connect
+_setsockopt = ctypes.PyDLL(None).setsockopt  # keeps no errno: what fails is called again, to say why
 
 
 def state(sock: socket.socket) -> int:
@@ -80,7 +82,7 @@ def tcp_info(sock: socket.socket) -> bytes:
 
 def enter_repair(sock: socket.socket) -> None:
     """Repair mode: no segment leaves because of a call on this socket; the application's reads and writes fail."""
-    sock.setsockopt(_TCP, uapi.TCP_REPAIR, uapi.TCP_REPAIR_ON)
+    sock.setsockopt(_TCP, _REPAIR, 1)  # TCP_REPAIR_ON
 
 
 def in_repair(sock: socket.socket) -> bool:
@@ -90,7 +92,7 @@ def in_repair(sock: socket.socket) -> bool:
 
 def leave_repair(sock: socket.socket, *, probe: bool) -> None:
     """An ordinary socket again. With ``probe`` a window probe leaves and the peer answers with its window."""
-    sock.setsockopt(_TCP, uapi.TCP_REPAIR, uapi.TCP_REPAIR_OFF if probe else uapi.TCP_REPAIR_OFF_NO_WP)
+    sock.setsockopt(_TCP, _REPAIR, 0 if probe else -1)  # TCP_REPAIR_OFF, TCP_REPAIR_OFF_NO_WP
 
 
 def disconnect(sock: socket.socket) -> None:
@@ -112,11 +114,6 @@ def select_queue(sock: socket.socket, queue: int) -> None:
     sock.setsockopt(_TCP, uapi.TCP_REPAIR_QUEUE, queue)
 
 
-def signed(value: int) -> int:
-    """An unsigned 32-bit number as the int that Python's setsockopt() takes quickly; bytes cost it a microsecond."""
-    return (value & 0xFFFFFFFF) - (value << 1 & 0x100000000)
-
-
 def queue_ends(sock: socket.socket) -> tuple[int, int]:
     """(write_seq, rcv_nxt): the ends of both queues, one look; on return no queue is selected."""
     get, put = sock.getsockopt, sock.setsockopt
@@ -129,13 +126,13 @@ def queue_ends(sock: socket.socket) -> tuple[int, int]:
 
 
 def begin_queues(sock: socket.socket, write_seq: int, rcv_nxt: int) -> None:
-    """Enter repair mode and say where both queues begin; only in CLOSE. On return the receive queue is selected."""
-    put = sock.setsockopt
-    put(_TCP, uapi.TCP_REPAIR, 1)  # TCP_REPAIR_ON
+    """Enter repair mode and say where both queues begin, 0..2**32-1; only in CLOSE. Selects the receive queue."""
+    put = sock.setsockopt  # takes an int with the same 32 bits: as bytes they cost it a microsecond
+    put(_TCP, _REPAIR, 1)  # TCP_REPAIR_ON
     put(_TCP, _QUEUE, 2)  # TCP_SEND_QUEUE
-    put(_TCP, _SEQ, signed(write_seq))
+    put(_TCP, _SEQ, write_seq - (write_seq >> 31 << 32))
     put(_TCP, _QUEUE, 1)  # TCP_RECV_QUEUE
-    put(_TCP, _SEQ, signed(rcv_nxt))
+    put(_TCP, _SEQ, rcv_nxt - (rcv_nxt >> 31 << 32))
 
 
 def queue_end(sock: socket.socket) -> int:
@@ -184,8 +181,9 @@ def window(sock: socket.socket) -> tuple[int, ...]:
 
 def set_window(sock: socket.socket, values: tuple[int, int, int, int, int]) -> None:
     """TCP_REPAIR_WINDOW, as `window` gives it. EINVAL where max_window < snd_wnd or rcv_wup lies after rcv_nxt."""
-    if _setsockopt(sock.fileno(), _TCP, uapi.TCP_REPAIR_WINDOW, _WINDOW.pack(*values), 20) < 0:
-        raise _failure()
+    packed = _pack_window(*values)
+    if _setsockopt(sock.fileno(), _TCP, _REPAIR_WINDOW, packed, 20):
+        sock.setsockopt(_TCP, _REPAIR_WINDOW, packed)
 
 
 def congestion(sock: socket.socket) -> str:
@@ -219,7 +217,7 @@ def timestamp(sock: socket.socket) -> int:
 
 def set_timestamp(sock: socket.socket, value: int) -> None:
     """Go on counting from there. Since Linux 6.7 the low bit chooses the unit: 1 microseconds, 0 milliseconds."""
-    sock.setsockopt(_TCP, uapi.TCP_TIMESTAMP, signed(value))
+    sock.setsockopt(_TCP, _TIMESTAMP, (value & 0xFFFFFFFF) - (value << 1 & 0x100000000))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -237,5 +235,5 @@ def repair_options(mss: int, snd_wscale: int, rcv_wscale: int, sack: bool, times
 
 def set_repair_options(sock: socket.socket, options: bytes) -> None:
     """Only in repair mode and in ESTABLISHED, which connect() in repair mode gives at once."""
-    if _setsockopt(sock.fileno(), _TCP, uapi.TCP_REPAIR_OPTIONS, options, len(options)) < 0:
-        raise _failure()
+    if _setsockopt(sock.fileno(), _TCP, _REPAIR_OPTIONS, options, len(options)):
+        sock.setsockopt(_TCP, _REPAIR_OPTIONS, options)
