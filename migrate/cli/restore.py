@@ -26,6 +26,7 @@ from migrate.errors import Conflict, Error, RecordTruncated, UsageError
 from migrate.hold import Hold
 from migrate.ici import FourTuple, Ici
 from migrate.kernel.diag import SockDiag
+from migrate.relocate import relocate
 from migrate.restore import Restored, activate, discard, restore
 from migrate.sealed import read_records
 from migrate.tcpstate import TcpState
@@ -43,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--relay", metavar="HOST:PORT", help="carry every connection's bytes to and from that server")
     parser.add_argument("--steer", metavar="vip:DEV", help="first let the connections' addresses come to that device")
+    parser.add_argument(
+        "--local", metavar="ADDR[:PORT]", help="the connections' end on this host, where a NAT hides it from the peers"
+    )
     parser.add_argument("--hold-open", action="store_true", help="own the connections, doing nothing, until they end")
     parser.add_argument("--detach", action="store_true", help="do not wait for the commands to end")
     parser.add_argument("--again", action="store_true", help="also records that were restored here before")
@@ -68,6 +72,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         records = list(read_records(file, key))
     if not records:
         raise RecordTruncated(f"{arguments.file!r} holds no record", offset=0)
+    if arguments.local is not None:
+        for record in records:
+            relocate(record, arguments.local)
     steering = None if arguments.steer is None else vip(arguments.steer)
     failures: Failures = []
     with ExitStack() as kept:

@@ -27,6 +27,7 @@ LAYERS = (
     "unconnected",
     "checkpoint",
     "restore",
+    "pathstate",
     "bulk",
     "hold",
     "quarantine",
@@ -45,6 +46,7 @@ LAYERS = (
 # which tries them all.
 KERNEL_BASE = {"uapi", "netns", "tcpinfo"}
 KERNEL_NEIGHBOURS = {
+    "congestion": {"bpf", "btf"},
     "fingerprint": {"btf", "option_table", "sockmem"},
     "nf_tables": {"nfnetlink"},
     "nflog": {"nfnetlink"},
