@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-pytest_plugins = ["tests.fix_netns", "tests.fix_programs", "tests.fix_agents"]
+pytest_plugins = ["tests.fix_netns", "tests.fix_programs", "tests.fix_agents", "tests.fix_keepalived"]
 
 
 def pytest_sessionstart() -> None:

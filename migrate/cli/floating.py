@@ -1,0 +1,116 @@
+"""A floating address that keepalived gives to one of two hosts, seen from one of them.
+
+Whether the address is here is asked of the kernel, not of keepalived: what a notification says may be over by the time
+it is read. An address on lo does not count: the agent puts it there for connections that came alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from migrate.cli import moving
+from migrate.cli.output import Output
+from migrate.errors import NotFound, UsageError, from_oserror
+from migrate.kernel.link import Links
+from migrate.kernel.nft import GuardTable
+from migrate.selection import Selector, find
+from migrate.steer.forward import Forward
+from migrate.tcpstate import TcpState
+
+if TYPE_CHECKING:
+    from migrate.agent.client import Client
+
+__all__ = ["RUN_DIR", "Floating"]
+
+RUN_DIR = "/run/tcpmig-failover"
+
+# What has no owner that could be asked: nothing of it can move, and the peer repeats what matters.
+_PASSING = {TcpState.LISTEN, TcpState.SYN_RECEIVED, TcpState.TIME_WAIT, TcpState.CLOSED}
+
+
+class Floating:
+    """``address`` in text; ``peer`` is the other host's agent; ``agent`` this host's. A context manager."""
+
+    def __init__(self, address: str, peer: str, agent: Client, run_dir: Path) -> None:
+        """Raises UsageError for what is no address, PrivilegeError, HostError."""
+        self._address = _packed(address)
+        self.text = address
+        self.peer = peer
+        self._agent = agent
+        self._selector = Selector(local=(self._address, None), states=frozenset(TcpState) - _PASSING)
+        self._word = run_dir / f"{address}.yield"
+        self._locks = run_dir / address
+        try:
+            run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        except OSError as error:
+            raise from_oserror(f"mkdir {run_dir}", error) from None
+        self._links = Links()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._links.close()
+
+    def here(self) -> bool:
+        """Whether a device of this host has the address."""
+        return any(each.address == self._address and each.device != "lo" for each in self._links.addresses())
+
+    def guard(self) -> None:
+        """No RST leaves from the address; again makes sure of it."""
+        GuardTable(self._address).close()
+
+    def unguard(self) -> None:
+        """RSTs may leave."""
+        GuardTable(self._address).delete()
+
+    def give_way(self) -> None:
+        """Have the check program fail, so that keepalived gives up the address."""
+        self._word.touch()
+
+    def stay(self) -> None:
+        """Take that back."""
+        self._word.unlink(missing_ok=True)
+
+    def left(self) -> int:
+        """How many connections of the address live in processes here."""
+        return sum(bool(each.owners) for each in find(self._selector))
+
+    def sweep(self, output: Output) -> None:
+        """Move the connections of the address to the other host. Raises Error if that cannot even begin."""
+        # The planned switch and the notify program may want it at the same time.
+        with self._locked("sweep"), contextlib.suppress(NotFound):
+            if self.left():
+                # Forwarded in any case: an entry from an earlier move the other way goes with it.
+                reports = self._agent.migrate(self._selector, self.peer, steer="forward")
+                moving.follow(reports, output, dry_run=False)
+
+    def tidy(self) -> None:
+        """Forward nothing of the address any more: nobody sends it here."""
+        with Forward() as forward:
+            forward.take([each for each in forward.given() if each.local == self._address])
+
+    def followed(self) -> contextlib.AbstractContextManager[None]:
+        """Wait until no other process of `following` acts on one notification."""
+        return self._locked("follow")
+
+    @contextlib.contextmanager
+    def _locked(self, what: str) -> Iterator[None]:
+        path = self._locks.with_name(f"{self._locks.name}.{what}")
+        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _packed(address: str) -> bytes:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.inet_pton(family, address)
+    except OSError:
+        raise UsageError(f"{address!r} is no address", hint="write it alone, as in 10.0.0.100 or fd00::100") from None
