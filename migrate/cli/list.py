@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
+import socket
+from collections.abc import Sequence
 
 from migrate.checkpoint import obstacle
 from migrate.cli import selector
 from migrate.cli.output import Output, bytes_text
 from migrate.errors import Refused
 from migrate.kernel import tcpinfo
-from migrate.kernel.diag import Extension
+from migrate.kernel.diag import Connection, Extension
+from migrate.kernel.pidfd import Owner
+from migrate.tcpstate import TcpState
 
 __all__ = ["add_arguments", "run"]
 
+_HEADINGS = ("LOCAL", "REMOTE", "STATE", "RECV-Q", "SEND-Q", "OWNERS (comm/pid/fd)", "MIGRATABLE")
 _notsent = tcpinfo.reader("notsent_bytes")
 
 
@@ -23,41 +30,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Print them, in a table or as JSON with the keys of the design."""
-    rows = []
-    for connection, owners in selector.find(selector.from_arguments(arguments), extensions=Extension.INFO):
-        refused = obstacle(connection.state, upper_layer=connection.ulp)
-        if refused is None and not owners:
-            refused = Refused("no process has it open")
-        local, _, remote = str(connection.four_tuple).partition(",")
-        info = connection.info
-        unsent = _notsent(info)[0] if len(info) >= 148 else 0
-        if output.as_json:
-            output.data(
-                "",
-                {
-                    "local": local,
-                    "remote": remote,
-                    "state": connection.state.name,
-                    "recv_queue": connection.recv_queue,
-                    "send_queue": connection.send_queue,
-                    "unsent": unsent,
-                    "owners": [{"pid": o.pid, "fd": o.fd, "comm": o.comm} for o in owners],
-                    "migratable": refused is None,
-                    "reason": None if refused is None else str(refused),
-                },
-            )
-            continue
-        rows.append(
-            [
-                local,
-                remote,
-                connection.state.name,
-                bytes_text(connection.recv_queue),
-                bytes_text(connection.send_queue),
-                " ".join(f"{o.comm}/{o.pid}/{o.fd}" for o in owners) or "-",
-                "yes" if refused is None else f"no: {refused.what}",
-            ]
-        )
-    if not output.as_json:
-        output.table(["LOCAL", "REMOTE", "STATE", "RECV-Q", "SEND-Q", "OWNERS (comm/pid/fd)", "MIGRATABLE"], rows)
+    gc.disable()  # nothing here is garbage before the end, and there may be tens of thousands
+    found = selector.find(selector.from_arguments(arguments), extensions=Extension.INFO)
+    if output.as_json:
+        output.objects(_object(connection, owners) for connection, owners in found)
+    else:
+        output.table(_HEADINGS, [_row(connection, owners) for connection, owners in found])
     return 0
+
+
+def _row(connection: Connection, owners: Sequence[Owner]) -> tuple[str, ...]:
+    local, local_port, remote, remote_port = connection.four_tuple
+    name, answer, _ = _judged(connection.state, connection.ulp, bool(owners))
+    receive, send = connection.recv_queue, connection.send_queue
+    return (
+        f"{_address(local)}:{local_port}",
+        f"{_address(remote)}:{remote_port}",
+        name,
+        bytes_text(receive) if receive else "0",
+        bytes_text(send) if send else "0",
+        " ".join([f"{comm}/{pid}/{fd}" for pid, fd, comm in owners]) or "-",
+        answer,
+    )
+
+
+def _object(connection: Connection, owners: Sequence[Owner]) -> dict[str, object]:
+    local, _, remote = str(connection.four_tuple).partition(",")
+    name, _, reason = _judged(connection.state, connection.ulp, bool(owners))
+    info = connection.info
+    return {
+        "local": local,
+        "remote": remote,
+        "state": name,
+        "recv_queue": connection.recv_queue,
+        "send_queue": connection.send_queue,
+        "unsent": _notsent(info)[0] if len(info) >= 148 else 0,
+        "owners": [owner._asdict() for owner in owners],
+        "migratable": reason is None,
+        "reason": reason,
+    }
+
+
+@functools.cache
+def _judged(state: TcpState, upper_layer: str, owned: bool) -> tuple[str, str, str | None]:
+    """The state's name, whether the connection can migrate, and why not, for people and for programs."""
+    refused = obstacle(state, multipath=upper_layer == "mptcp", upper_layer=upper_layer)
+    if refused is None and not owned:
+        refused = Refused("no process has it open")
+    return state.name, "yes" if refused is None else f"no: {refused.what}", None if refused is None else str(refused)
+
+
+@functools.cache
+def _address(packed: bytes) -> str:
+    if len(packed) == 4:
+        return socket.inet_ntoa(packed)
+    return f"[{socket.inet_ntop(socket.AF_INET6, packed)}]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from migrate.errors import Error
@@ -32,12 +33,18 @@ class Output:
         else:
             self.say(explain(error, about="" if name in error.what else name))
 
-    def table(self, headings: list[str], rows: list[list[str]]) -> None:
+    def objects(self, records: Iterable[dict[str, object]]) -> None:
+        """Many results for programs, written at once."""
+        self.stdout.write("".join([json.dumps({"v": VERSION, **record}) + "\n" for record in records]))
+        self.stdout.flush()
+
+    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Aligned columns, for people only."""
-        widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-        for row in [headings, *rows]:
-            line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            print(line.rstrip(), file=self.stdout)
+        lines = [tuple(headings), *map(tuple, rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        line = "  ".join([f"%-{width}s" for width in widths[:-1]] + ["%s\n"])
+        self.stdout.write("".join([line % cells for cells in lines]))
+        self.stdout.flush()
 
     def say(self, text: str) -> None:
         """Narration."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from migrate.errors import UsageError
-from migrate.ici import FourTuple, parse_endpoint
+from migrate.fourtuple import FourTuple, parse_endpoint
 from migrate.selection import Found, Selector, find
 from migrate.tcpstate import TcpState
 
