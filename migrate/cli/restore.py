@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
@@ -26,6 +27,7 @@ from migrate.errors import Conflict, Error, RecordTruncated, UsageError
 from migrate.hold import Hold
 from migrate.ici import FourTuple, Ici
 from migrate.kernel.diag import SockDiag
+from migrate.pathstate import PathState
 from migrate.relocate import relocate
 from migrate.restore import Restored, activate, discard, restore
 from migrate.sealed import read_records
@@ -58,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what cannot be restored may be tried again: keep this host from answering its peer that long (60)",
     )
     sealing.add_arguments(parser)
+    parser.add_argument(
+        "--path-state", action="store_true", help="go on with the congestion windows that the connections had"
+    )
     parser.set_defaults(command=[])
     parser.usage = "%(prog)s [-h] [OPTION ...] FILE [-- CMD ...]"
     parser.epilog = "-- CMD ... is run once a connection, with the socket as its standard input and output (inetd)."
@@ -78,6 +83,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     steering = None if arguments.steer is None else vip(arguments.steer)
     failures: Failures = []
     with ExitStack() as kept:
+        paths = kept.enter_context(PathState()) if arguments.path_state else None
         seen = memory(output)
         if seen is not None:
             kept.enter_context(contextlib.closing(seen))
@@ -101,6 +107,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
                     continue
                 kept.callback(sock.close)
                 restored[record.four_tuple] = record, sock
+                if paths is not None:
+                    paths.carry(sock, age=max(time.time() - record.origin_time / 1e9, 0.0))
             if hold is not None and restored:
                 adoptions = _hand_over(adopter, restored, hold, failures)
             if seen is not None:

@@ -23,6 +23,8 @@ __all__ = [
     "add",
     "add_register",
     "call",
+    "command",
+    "instruction",
     "jump_if_less",
     "jump_unless_less",
     "leave",
@@ -56,83 +58,84 @@ SHARED = 6  # the register that holds the address of the shared memory when a pr
 FRAME = 10  # the register that points behind the program's stack
 
 
-def _instruction(opcode: int, to: int = 0, source: int = 0, offset: int = 0, value: int = 0) -> bytes:
+def instruction(opcode: int, to: int = 0, source: int = 0, offset: int = 0, value: int = 0) -> bytes:
+    """Any instruction, by its opcode."""
     registers = source << 4 | to if sys.byteorder == "little" else to << 4 | source
     return struct.pack("=BBhi", opcode, registers, offset, value)
 
 
 def put(to: int, value: int) -> bytes:
     """A number of 32 bits into a register."""
-    return _instruction(0xB7, to, value=value)
+    return instruction(0xB7, to, value=value)
 
 
 def move(to: int, source: int) -> bytes:
     """One register into another."""
-    return _instruction(0xBF, to, source)
+    return instruction(0xBF, to, source)
 
 
 def add(to: int, value: int) -> bytes:
     """Add a number to a register."""
-    return _instruction(0x07, to, value=value)
+    return instruction(0x07, to, value=value)
 
 
 def add_register(to: int, source: int) -> bytes:
     """Add one register to another."""
-    return _instruction(0x0F, to, source)
+    return instruction(0x0F, to, source)
 
 
 def multiply(to: int, value: int) -> bytes:
     """Multiply a register by a number."""
-    return _instruction(0x27, to, value=value)
+    return instruction(0x27, to, value=value)
 
 
 def mask(to: int, value: int) -> bytes:
     """Keep of a register only the bits of ``value``."""
-    return _instruction(0x57, to, value=value)
+    return instruction(0x57, to, value=value)
 
 
 def load(to: int, source: int, offset: int, *, width: int = 8) -> bytes:
     """``width`` bytes at ``offset`` from where a register points."""
-    return _instruction({1: 0x71, 4: 0x61, 8: 0x79}[width], to, source, offset)
+    return instruction({1: 0x71, 4: 0x61, 8: 0x79}[width], to, source, offset)
 
 
 def store(to: int, source: int, offset: int, *, width: int = 8) -> bytes:
     """``width`` bytes of register ``source`` to ``offset`` from where register ``to`` points."""
-    return _instruction({1: 0x73, 8: 0x7B}[width], to, source, offset)
+    return instruction({1: 0x73, 4: 0x63, 8: 0x7B}[width], to, source, offset)
 
 
 def jump_if_less(register: int, value: int, distance: int) -> bytes:
     """Over ``distance`` instructions if a register is below a number, unsigned."""
-    return _instruction(0xA5, register, offset=distance, value=value)
+    return instruction(0xA5, register, offset=distance, value=value)
 
 
 def jump_unless_less(register: int, other: int, distance: int) -> bytes:
     """Over ``distance`` instructions if a register is not below another, unsigned."""
-    return _instruction(0x3D, register, other, distance)
+    return instruction(0x3D, register, other, distance)
 
 
 def call(helper: int) -> bytes:
     """Call a helper (enum bpf_func_id): arguments in registers 1 to 5, the result in 0."""
-    return _instruction(0x85, value=helper)
+    return instruction(0x85, value=helper)
 
 
 def leave() -> bytes:
     """The end."""
-    return _instruction(0x95)
+    return instruction(0x95)
 
 
 class Program:
     """A loaded program; ``memory`` is its memory and ours. Raises OSError where the kernel refuses."""
 
     def __init__(self, size: int, code: bytes) -> None:
-        descriptor = _bpf(_MAP_CREATE, _CREATE.pack(_MAP_TYPE_ARRAY, 4, size, 1, _F_MMAPABLE))
+        descriptor = command(_MAP_CREATE, _CREATE.pack(_MAP_TYPE_ARRAY, 4, size, 1, _F_MMAPABLE))
         try:
-            code = _instruction(0x18, SHARED, _PSEUDO_MAP_VALUE, value=descriptor) + _instruction(0) + code
+            code = instruction(0x18, SHARED, _PSEUDO_MAP_VALUE, value=descriptor) + instruction(0) + code
             source, licence = (ctypes.create_string_buffer(text) for text in (code, b"GPL"))
             where = ctypes.addressof(source), ctypes.addressof(licence)
             attributes = _LOAD.pack(_PROG_TYPE_SYSCALL, len(code) // 8, *where, _F_SLEEPABLE, _NAME)
             self.memory = mmap.mmap(descriptor, size)
-            self._descriptor = _bpf(_PROG_LOAD, attributes)
+            self._descriptor = command(_PROG_LOAD, attributes)
         finally:
             os.close(descriptor)  # program and mapping keep the memory
         self._run = _number(), _PROG_TEST_RUN, ctypes.create_string_buffer(_RUN.pack(self._descriptor, 0)), _RUN.size
@@ -148,9 +151,10 @@ class Program:
         os.close(self._descriptor)
 
 
-def _bpf(command: int, attributes: bytes) -> int:
+def command(number: int, attributes: bytes) -> int:
+    """bpf(2): the command of that number (enum bpf_cmd); what it returns. Raises OSError."""
     buffer = ctypes.create_string_buffer(attributes, len(attributes))
-    result = int(_syscall(_number(), command, buffer, len(attributes)))
+    result = int(_syscall(_number(), number, buffer, len(attributes)))
     if result < 0:
         raise _failure()
     return result

@@ -6,6 +6,7 @@ type is referred to by its place in the row, so the row is walked once, as far a
 
 from __future__ import annotations
 
+import bisect
 import enum
 import struct
 import sys
@@ -83,6 +84,28 @@ class Btf:
                 mask = ((1 << bits) - 1) << (8 * size - bits - offset % 8)
             return Place(offset // 8, size, mask)
         return Place(offset // 8, self._size(number))
+
+    def number(self, name: str) -> int:
+        """The type number of a structure. Raises LookupError if there is none."""
+        at = self._known(name)
+        while self._starts[-1] < at:
+            self._record(len(self._starts))
+        return bisect.bisect_left(self._starts, at, 1)
+
+    def size(self, name: str) -> int:
+        """The size of a structure in bytes. Raises LookupError if there is none."""
+        return int(self._words[self._known(name) + 2])
+
+    def members(self, name: str) -> list[str]:
+        """The names of a structure's members, in their order. Raises LookupError if there is no such structure."""
+        at = self._known(name)
+        labels = self._words[at + 3 : at + 3 + 3 * (self._words[at + 1] & 0xFFFF) : 3]
+        return [self._raw[(start := self._names + label) : self._raw.index(0, start)].decode() for label in labels]
+
+    def _known(self, name: str) -> int:
+        if (at := self._structure(name)) is None:
+            raise LookupError(f"the kernel has no {name}")
+        return at
 
     def _structure(self, name: str) -> int | None:
         """The record of a named structure: found by looking for the name's own offset, which starts it."""

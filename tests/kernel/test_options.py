@@ -506,7 +506,7 @@ def ebpf_filter() -> int:
     source = ctypes.create_string_buffer(code)
     attributes = struct.pack("=IIQQ24x", 1, 2, ctypes.addressof(source), ctypes.addressof(licence))
     try:
-        return bpf._bpf(5, attributes)  # BPF_PROG_LOAD of BPF_PROG_TYPE_SOCKET_FILTER
+        return bpf.command(5, attributes)  # BPF_PROG_LOAD of BPF_PROG_TYPE_SOCKET_FILTER
     except PermissionError:
         pytest.skip("needs CAP_BPF in the initial user namespace")
 
