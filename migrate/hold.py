@@ -12,6 +12,9 @@ answer. `replay` leaves it like that, since a socket that is given data must ack
 its departing segments are dropped counts for its TCP as lost, and is repeated after a timeout only: so open that side,
 by `replay` or ``add(tuples, outgoing=False)``, before a socket leaves repair mode.
 
+What the host itself would have sent is kept too. A socket that goes on, here or elsewhere, counts it as sent and would
+repeat it only after a time-out: `emit` sends it, past the hold, and `remove` and `lift` do if the connection is here.
+
 What was kept is injected only where its connection exists, so that no RST goes to the peer of one that moved away.
 What is not replayed is not lost: the peer repeats it.
 """
@@ -51,6 +54,7 @@ class Hold:
     """
 
     kept: dict[FourTuple, list[bytes]]  # IP packets as they came, in their order, by *our* four-tuple
+    departing: dict[FourTuple, list[bytes]]  # the same of what this host would have sent
     dropped: int  # packets neither kept nor replayed: beyond the limit, damaged, or of a connection that is not here
 
     def __init__(
@@ -99,6 +103,7 @@ class Hold:
         self._process = os.getpid()
         self._over = False
         self.kept = {}
+        self.departing = {}
         self.dropped = 0
 
     def __enter__(self) -> Self:
@@ -143,10 +148,23 @@ class Hold:
         self.replay(gone)
         self._let_go(gone)
         self._inject(self.take(gone))
+        self._emit_living(gone)
 
     def collect(self) -> int:
-        """Move what has arrived into ``kept``; the number of segments. Never waits."""
+        """Move what has come into ``kept`` and ``departing``; the number of segments. Never waits."""
         return self._keep(self._listener.read(), self.kept)
+
+    def emit(self, tuples: Iterable[FourTuple]) -> int:
+        """Send what this host would have sent for these connections, past the hold; the number of segments."""
+        self.collect()
+        count = 0
+        for each in tuples:
+            for packet in self.departing.pop(each, ()):
+                self._size -= len(packet)
+                with contextlib.suppress(Error):  # the peer asks for it again
+                    self._injector.emit(fix_checksums(packet))
+                    count += 1
+        return count
 
     def keep(self, packets: Iterable[bytes]) -> None:
         """Keep these IP packets too, which another host held before: they come first."""
@@ -163,8 +181,10 @@ class Hold:
         return taken
 
     def discard(self) -> None:
-        """Forget all that has arrived."""
+        """Forget all that was kept."""
         self.take()
+        self._size -= _size(self.departing)
+        self.departing.clear()
 
     def replay(self, tuples: Iterable[FourTuple] | None = None) -> int:
         """Give what was kept for these connections, or for all, to their sockets; the number of segments.
@@ -200,6 +220,7 @@ class Hold:
                 self.replay()
                 self._let_go(list(self.tuples))
                 self._inject(self.take())
+                self._emit_living(list(self.departing))
             finally:
                 self._table.delete()
             self._inject(self.take())
@@ -209,12 +230,19 @@ class Hold:
         self._over = True
         self._resources.close()
 
+    def _emit_living(self, tuples: Iterable[FourTuple]) -> None:
+        known = [each for each in tuples if each in self.departing]
+        here = self._connections(known)
+        self.emit([each for each in known if each in here])
+        for each in known:
+            self._size -= _size({each: self.departing.pop(each, [])})
+
     def _let_go(self, tuples: Collection[FourTuple]) -> None:
         with contextlib.suppress(NotFound):
             self._table.remove(tuples)
 
     def _keep(self, packets: Iterable[bytes], where: dict[FourTuple, list[bytes]]) -> int:
-        count = 0
+        count, members = 0, self._table.members
         for packet in packets:
             try:
                 key = four_tuple(packet)
@@ -225,8 +253,11 @@ class Hold:
                 self.dropped += 1
                 continue
             self._size += len(packet)
-            where.setdefault(key, []).append(packet)
             count += 1
+            if key not in members and (departing := key.reversed()) in members:
+                self.departing.setdefault(departing, []).append(packet)
+            else:
+                where.setdefault(key, []).append(packet)
         return count
 
     def _put_first(self, older: dict[FourTuple, list[bytes]]) -> None:

@@ -70,11 +70,11 @@ class Agent:
     def start(self, *, crash_at: str = "", environment: Mapping[str, str] | None = None) -> None:
         """Start it, and wait until it serves."""
         command = [*AGENT, *self._words]
+        begun = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "ab") as log:
             self.process = self.host.popen(
                 command, stderr=log, env={**os.environ, "TCPMIG_CRASH_AT": crash_at, **(environment or {})}
             )
-        begun = self.log.stat().st_size
         process = self.process
 
         def ready() -> bool:

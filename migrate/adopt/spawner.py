@@ -4,9 +4,9 @@ fork(2) in a process with threads copies locks that nobody will ever release. So
 any, and is told over a socket whom to start with which descriptors (SCM_RIGHTS). A descriptor that was sent is safe:
 the spawner reads what is on its way even if the sender has died since.
 
-The sockets of one adoption wait at one gate, a pipe. A byte for each owner on it says: they are active, go. If it closes
-without, the sender died, and each socket tells what it had done: one that is still silent is closed, which nobody
-notices; one that is active goes ahead. A socket that is only kept stays with the spawner until its peer closes it; so
+The sockets of one adoption wait at one gate, a pipe. A byte for each owner on it says: they are active, go. If it
+closes without, the sender died, and each socket tells what it had done: one that is still silent is closed, which
+nobody notices; one that is active goes ahead. A socket that is only kept stays with the spawner until its peer closes it; so
 long the spawner outlives its parent.
 """
 
@@ -44,7 +44,7 @@ class _Order(msgspec.Struct, array_like=True):
 class Gate:
     """Sockets that wait with their owners; a `migrate.adopt.Adoption`.
 
-    ``status`` can be read when the owners have started (empty) or could not (the reason, as text); the caller closes it.
+    ``status`` can be read when the owners have started (empty) or could not (the reason); the caller closes it.
     """
 
     def __init__(self, word: int, status: int, owners: int) -> None:

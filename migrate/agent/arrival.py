@@ -14,13 +14,13 @@ from migrate.agent.driver import Driver, Handoff, Host, tuples_of
 from migrate.agent.engine import Again, Batch, Stream
 from migrate.agent.logging import get_logger
 from migrate.agent.steering import address_of
-from migrate.errors import Conflict, Error, HostError
+from migrate.errors import Conflict, Error, HostError, RemoteError
 from migrate.fourtuple import FourTuple
 from migrate.handoff import commands as do
 from migrate.handoff.destination import DestinationHandoff
 from migrate.handoff.events import Checked, Event, Restarted, Restored
-from migrate.handoff.ids import Connection
-from migrate.handoff.messages import Message
+from migrate.handoff.ids import Connection, new_id
+from migrate.handoff.messages import Message, Query
 from migrate.ici import Ici
 from migrate.kernel import sockopt, uapi
 from migrate.kernel.diag import SockDiag
@@ -94,6 +94,27 @@ class Arrivals(Driver):
             host.metrics.batches("destination", 1)
         batch.stream, batch.source = stream, source
         self.host.engine.give(batch, message)
+
+    def verdict(self, id_: bytes, epoch: int) -> bool:
+        """Whether that epoch of that connection was committed here. If not, it never will be after this question.
+
+        Raises RemoteError while it is being decided.
+        """
+        for batch in list(self.batches.values()):
+            machine = batch.machine
+            if not any((each.id, each.epoch) == (id_, epoch) for each in machine.connections):
+                continue
+            if machine.state.name == "COMMITTING":
+                raise RemoteError("it is being decided at this moment", hint="ask again")
+            if machine.state.name in ("COMMITTED", "ACTIVE", "SERVING", "DONE"):
+                return id_ not in machine.refused
+            self.host.engine.give(batch, Query(batch=machine.batch, connections=machine.connections))
+            return False
+        asked = Connection(id_, epoch, FourTuple(b"", 0, b"", 0))
+        if self.host.journal.committed(asked):
+            return True
+        self.host.journal.forget(new_id(), DestinationHandoff.role, [asked], frozenset())
+        return False
 
     def ended(self, batch: Batch) -> None:
         """See `engine.Performer`."""

@@ -96,9 +96,9 @@ class Client:
         for response in self._stream(self._stub.ListConnections, request):
             yield from response.connections
 
-    def watch(self, kinds: Iterable[pb.EventKind] = ()) -> Iterator[pb.WatchResponse]:
+    def watch(self, kinds: Iterable[int] = ()) -> Iterator[pb.WatchResponse]:
         """What the agent does, from now on, without end."""
-        return self._stream(self._stub.Watch, pb.WatchRequest(kinds=kinds))
+        return self._stream(self._stub.Watch, pb.WatchRequest(kinds=cast(Any, kinds)))
 
     def abort(self, move_id: str) -> tuple[int, int]:
         """Stop a move; how many connections stayed and how many had moved."""

@@ -13,6 +13,7 @@ from migrate import quiet
 from migrate.agent.driver import Driver, Handoff, Host, tuples_of
 from migrate.agent.engine import Again, Batch, Later
 from migrate.agent.logging import get_logger
+from migrate.agent.metrics import Phase
 from migrate.agent.steering import address_of
 from migrate.bulk import dump_many
 from migrate.checkpoint import release, thaw
@@ -59,8 +60,16 @@ class Departure(Handoff):
         self.frozen: dict[FourTuple, Ici] = {}
         self.gone: set[bytes] = set()  # ended by themselves
         self.frozen_at = self.active_at = 0  # CLOCK_MONOTONIC, nanoseconds
+        self.phases: list[tuple[Phase, int, int]] = []  # begin and length of each, on the same clock
+        self._since = time.monotonic_ns()
         self.record_bytes = 0
         self.sending = False  # what the hold keeps goes to the destination as it comes
+
+    def passed(self, phase: Phase) -> None:
+        """That phase ends now; it began when the one before it ended."""
+        now = time.monotonic_ns()
+        self.phases.append((phase, self._since, now - self._since))
+        self._since = now
 
 
 class Departures(Driver):
@@ -117,6 +126,7 @@ class Departures(Driver):
             self.host.metrics.batches("source", -1)
 
     def _hold(self, batch: Departure, command: do.Hold) -> None:  # type: ignore[override]
+        batch.passed("prepare")
         batch.frozen_at = time.monotonic_ns()
         if batch.when_quiet is None:
             super()._hold(batch, command)
@@ -142,6 +152,7 @@ class Departures(Driver):
             batch.frozen[connection.four_tuple] = record
         batch.record_bytes = sum(map(len, records.values()))
         self.host.metrics.record_bytes("source", batch.record_bytes)
+        batch.passed("freeze")
         return Frozen(records, refused)
 
     def _freeze_quiet(self, batch: Departure, command: do.Freeze) -> None:
@@ -173,6 +184,7 @@ class Departures(Driver):
         self.host.holds.lift(batch.machine.batch, tuples_of(command.connections))
 
     def _release(self, batch: Departure, command: do.Release) -> None:
+        batch.passed("transfer")
         sockets = [batch.sockets.pop(each) for each in tuples_of(command.connections) if each in batch.sockets]
         # The owner wakes up at once. If it ran before repair mode is left, it would see EPERM instead of ECONNABORTED.
         with undisturbed():
@@ -182,6 +194,8 @@ class Departures(Driver):
         for sock in sockets:
             sock.close()
         batch.frozen.clear()
+        # What the owner wrote after the hold stood is in the record as sent.
+        self.host.holds.emit(tuples_of(command.connections))
 
     def _send_kept(self, batch: Departure, command: do.SendKept) -> None:
         if batch.stream is None and command.dial:
@@ -191,6 +205,7 @@ class Departures(Driver):
             if batch.stream is not None:
                 batch.stream.send(Released(batch=batch.machine.batch, kept=kept))
             batch.sending = True
+            batch.passed("release")
             self.host.metrics.kept_packets("source", len(kept))
         elif batch.stream is not None:
             self._send_on(batch)
@@ -224,6 +239,10 @@ class Departures(Driver):
 
     def _report(self, batch: Departure, command: do.Report) -> None:
         batch.active_at = time.monotonic_ns()
+        if command.outcome == "moved":
+            batch.passed("activate")
+            for phase, _, length in batch.phases:
+                self.host.metrics.phase("source", phase, length / 1e9)
         if command.outcome == "moved" and batch.frozen_at:
             self.host.metrics.frozen((batch.active_at - batch.frozen_at) / 1e9)
         self.host.metrics.connections("source", "stayed", len(command.refused) - len(batch.gone))

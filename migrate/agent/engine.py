@@ -1,4 +1,4 @@
-"""Drives the machines of all batches: one thread, events in, commands out, timers; nothing here knows what a command is.
+"""Drives the machines of all batches: one thread, events in, commands out, timers. It does not know what commands do.
 
 Everything that touches the kernel, the journal or a machine happens in the engine's thread, in order, so that nothing
 needs a lock. Others speak to it by `call`. What takes long is started elsewhere and ends with `resume`.
@@ -27,7 +27,10 @@ from migrate.handoff.messages import Message
 __all__ = ["CRASH_AT", "Again", "Batch", "Engine", "Later", "Performer", "Stream"]
 
 CRASH_AT = "TCPMIG_CRASH_AT"
-"""The environment variable that names the crash point (docs/handoff.md) at which the agent kills itself, for tests."""
+"""The environment variable that names the crash point (docs/handoff.md) at which the agent kills itself, for tests.
+
+``POINT=STOP`` stops it there instead (SIGSTOP), until it is continued.
+"""
 
 RETRY = 0.2  # seconds until a command that goes on until done is tried again
 
@@ -99,7 +102,8 @@ class Engine:
         self._poll.register(self._wake, select.POLLIN)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine")
-        self._crash_at = os.environ.get(CRASH_AT, "")
+        self._crash_at, _, fate = os.environ.get(CRASH_AT, "").partition("=")
+        self._fate = signal.SIGSTOP if fate == "STOP" else signal.SIGKILL
 
     def start(self) -> None:
         """From here calls are carried out."""
@@ -181,7 +185,8 @@ class Engine:
 
     def _carry_out(self, batch: Batch, todo: _Todo) -> None:
         if todo.point == self._crash_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self._crash_at = ""
+            os.kill(os.getpid(), self._fate)
         if todo.command is None:
             return
         try:

@@ -1,7 +1,7 @@
 """The agent's hold: one table for all batches, and which batch holds which connection.
 
-A connection may go on while the batch that brought it here, or took it away, still lingers. The newest batch has it then,
-and what the older one says about it no longer counts.
+A connection may go on while the batch that brought it here, or took it away, still lingers. The newest batch has it
+then, and what the older one says about it no longer counts.
 """
 
 from __future__ import annotations
@@ -74,6 +74,10 @@ class Holds:
     def keep(self, packets: Iterable[bytes]) -> None:
         """Keep these too: another host's hold has kept them."""
         self._hold.keep(packets)
+
+    def emit(self, tuples: Sequence[FourTuple]) -> int:
+        """Send what this host would have sent for these, past the hold."""
+        return self._hold.emit(tuples)
 
     def replay(self, tuples: Sequence[FourTuple]) -> int:
         """Give what is kept to the sockets."""

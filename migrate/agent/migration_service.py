@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
 
+import grpc
 import grpc.aio
 
+from migrate.agent.arrival import Arrivals
 from migrate.agent.departure import Departures
 from migrate.agent.events import Events
 from migrate.agent.move import Move, Wish
@@ -17,6 +19,7 @@ from migrate.agent.v1 import migration_pb2_grpc, types_pb2
 from migrate.errors import Error, NotFound, UsageError
 from migrate.fourtuple import FourTuple, parse_endpoint
 from migrate.handoff.events import Resolved
+from migrate.handoff.ids import ID_BYTES
 from migrate.kernel import tcpinfo
 from migrate.kernel.diag import Extension
 from migrate.selection import Found, Selector, find
@@ -28,14 +31,16 @@ _LIST_CHUNK = 1000  # connections in a message
 
 _notsent = tcpinfo.reader("notsent_bytes")
 
+T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class MigrationService(migration_pb2_grpc.MigrationServicer):
     """See the .proto."""
 
-    def __init__(self, departures: Departures, events: Events) -> None:
+    def __init__(self, departures: Departures, arrivals: Arrivals, events: Events) -> None:
         self._departures = departures
+        self._arrivals = arrivals
         self._events = events
         self._moves: dict[str, Move] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -84,9 +89,22 @@ class MigrationService(migration_pb2_grpc.MigrationServicer):
 
     async def Resolve(self, request: pb.ResolveRequest, context: Context) -> pb.ResolveResponse:
         """See the .proto."""
-        if request.WhichOneof("way") == "settle":
-            return await self._settle(request.settle)
-        raise UsageError("only `settle` is answered here", hint="sources ask their destinations by themselves")
+        match request.WhichOneof("way"):
+            case "settle":
+                return await self._settle(request.settle)
+            case "ask":
+                return await self._ask(request.ask)
+        raise UsageError("ask, or settle?")
+
+    async def Dump(self, request_iterator: AsyncIterator[pb.DumpRequest], context: Context) -> None:  # type: ignore[override]
+        """See the .proto."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this agent dumps nothing: run `tcpmig dump` on its host")
+
+    async def Restore(self, request_iterator: AsyncIterator[pb.RestoreRequest], context: Context) -> None:  # type: ignore[override]
+        """See the .proto."""
+        await context.abort(
+            grpc.StatusCode.UNIMPLEMENTED, "this agent restores nothing: run `tcpmig restore` on its host"
+        )
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
         """See the .proto."""
@@ -129,22 +147,41 @@ class MigrationService(migration_pb2_grpc.MigrationServicer):
             key = bytes.fromhex(settle.batch)
         except ValueError:
             raise UsageError(f"{settle.batch!r} is no batch", hint="32 hexadecimal digits") from None
+
+        def decide() -> int:
+            batch = self._departures.batches.get(key)
+            if batch is None:
+                raise NotFound(f"there is no batch {settle.batch} on its way out of here")
+            self._departures.host.engine.give(batch, Resolved(settle.verdict == pb.VERDICT_COMMITTED))
+            return len(batch.machine.connections)
+
+        return pb.ResolveResponse(verdicts=[settle.verdict] * await self._in_engine(decide))
+
+    async def _ask(self, ask: pb.AskVerdicts) -> pb.ResolveResponse:
+        if any(len(each.id) != ID_BYTES or each.epoch == 0 for each in ask.connections):
+            raise UsageError(f"a connection is named by an id of {ID_BYTES} bytes and an epoch from 1")
+
+        def decide() -> list[bool]:
+            return [self._arrivals.verdict(each.id, each.epoch) for each in ask.connections]
+
+        words = {True: pb.VERDICT_COMMITTED, False: pb.VERDICT_DISCARDED}
+        return pb.ResolveResponse(verdicts=[words[each] for each in await self._in_engine(decide)])
+
+    async def _in_engine(self, call: Callable[[], T]) -> T:
+        """The result of ``call``, made in the engine's thread."""
         loop = asyncio.get_running_loop()
-        settled: asyncio.Future[int] = loop.create_future()
+        ended: asyncio.Future[T] = loop.create_future()
 
-        def decide() -> None:
+        def work() -> None:
             try:
-                batch = self._departures.batches.get(key)
-                if batch is None:
-                    raise NotFound(f"there is no batch {settle.batch} on its way out of here")
-                self._departures.host.engine.give(batch, Resolved(settle.verdict == pb.VERDICT_COMMITTED))
+                result = call()
             except Error as error:
-                loop.call_soon_threadsafe(settled.set_exception, error)
-                return
-            loop.call_soon_threadsafe(settled.set_result, len(batch.machine.connections))
+                loop.call_soon_threadsafe(ended.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(ended.set_result, result)
 
-        self._departures.host.engine.call(decide)
-        return pb.ResolveResponse(verdicts=[settle.verdict] * await settled)
+        self._departures.host.engine.call(work)
+        return await ended
 
 
 class _Reports:

@@ -1,12 +1,13 @@
 """One move: connections are chosen, cut into batches, and a few batches are under way at a time.
 
-The fewer are under way, the shorter each stands still; the more, the better both hosts are kept busy. A batch's blackout
-does not grow with the number of batches.
+The fewer are under way, the shorter each stands still; the more, the better both hosts are kept busy. A batch's
+blackout does not grow with the number of batches.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections import Counter, deque
@@ -106,10 +107,8 @@ class Move:
         self._aborted = True
 
         def cancel(batch: Departure) -> None:
-            try:
+            with contextlib.suppress(UsageError):  # it is over
                 self._departures.host.engine.give(batch, Cancel())
-            except UsageError:
-                pass  # it is over
 
         for batch in self._under_way:
             self._departures.host.engine.call(partial(cancel, batch))
@@ -237,7 +236,7 @@ class Move:
             outcome, refused = "doubt", batch.machine.refused
         finally:
             self._under_way.discard(batch)
-        return self._ended(batch, destination, found, outcome, refused, last)
+        return self._ended(batch, found, outcome, refused, last=last)
 
     def _start(
         self, destination: str, found: Sequence[Found], quiet: float | None, final: bool, report: Callable[..., None]
@@ -282,14 +281,9 @@ class Move:
         return "forward"
 
     def _ended(
-        self,
-        batch: Departure,
-        destination: str,
-        found: Sequence[Found],
-        outcome: str,
-        refused: Mapping[bytes, str],
-        last: bool,
+        self, batch: Departure, found: Sequence[Found], outcome: str, refused: Mapping[bytes, str], *, last: bool
     ) -> list[Found]:
+        destination = batch.machine.peer
         by_tuple = {each.connection.four_tuple: each for each in found}
         results: dict[FourTuple, tuple[int, Error | None]] = {}
         again: list[Found] = []
@@ -306,7 +300,16 @@ class Move:
                 results[connection.four_tuple] = types_pb2.OUTCOME_STAYED, Refused(self._because(why, destination))
         frozen = (batch.active_at - batch.frozen_at) // 1000 if outcome == "moved" else 0
         self._totals.bytes += batch.record_bytes
-        self._result(destination, batch.machine.batch, results, frozen)
+        timings = [
+            types_pb2.PhaseTiming(
+                phase=types_pb2.Phase.Value(f"PHASE_{phase.upper()}"),
+                side=types_pb2.SIDE_SOURCE,
+                start_ns=start,
+                duration_ns=length,
+            )
+            for phase, start, length in batch.phases
+        ]
+        self._result(destination, batch.machine.batch, results, frozen, timings)
         return again
 
     def _because(self, why: str, destination: str) -> str:
@@ -321,6 +324,7 @@ class Move:
         batch: bytes,
         outcomes: Outcomes,
         frozen_us: int,
+        timings: Sequence[types_pb2.PhaseTiming] = (),
     ) -> None:
         if not outcomes:
             return
@@ -331,6 +335,7 @@ class Move:
         totals.gone += counts[types_pb2.OUTCOME_GONE]
         totals.in_doubt += counts[types_pb2.OUTCOME_IN_DOUBT]
         results = _results(outcomes, frozen_us)
+        results.timings.extend(timings)
         totals.frozen_us += [each for each in results.frozen_us if each]
         self._say(
             batch=migration_pb2.BatchResult(

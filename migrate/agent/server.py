@@ -1,7 +1,7 @@
 """The agent itself: everything put together, from the first descriptor to the last.
 
-Order matters at the start: what an earlier agent left is recovered before the first stream; the spawner is forked before
-there are threads, and therefore comes in from outside.
+Order matters at the start: what an earlier agent left is recovered before the first stream; the spawner is forked
+before there are threads, and therefore comes in from outside.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
         opened.push_async_callback(links.close)
 
         handoff = HandoffService(arrivals, journal.identity, insecure=insecure)
-        migration = MigrationService(departures, events)
+        migration = MigrationService(departures, arrivals, events)
         healthy = health.aio.HealthServicer()
         migration_pb2_grpc.add_MigrationServicer_to_server(migration, server)
         handoff_pb2_grpc.add_HandoffServicer_to_server(handoff, server)

@@ -34,7 +34,7 @@ def check_words(words: str) -> None:
 
 
 class Steerer:
-    """Carries steering out, in order, in one thread. ``done`` is called when a wish has been carried out or given up."""
+    """Carries steering out, in order, in one thread. ``done`` is called when a wish was carried out or given up."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="steering")

@@ -108,7 +108,7 @@ def test_a_single_connection_moves_alone(lan: LanFactory, agents: Agents) -> Non
             assert b.tcpmig("migrate", name(mover), "--to", a.address, "--steer", steer).code == 0
             assert says(mover, b"333")
             assert says(stays, b"333")
-            until(lambda: a.forwarded() == 0, what="nothing is forwarded any more")
+            until(lambda here=a: here.forwarded() == 0, what="nothing is forwarded any more")
         assert not wire.rsts
 
 

@@ -1,7 +1,7 @@
 """An agent is killed at every step of a handoff, found by walking the tables: the connection lives on, on one host.
 
-The points of the usual run are those that both machines pass when nothing goes wrong; each is a place between two effects.
-A client talks over the connection all the while. ``pytest -s`` shows the matrix.
+The points of the usual run are those that both machines pass when nothing goes wrong; each lies between two effects.
+A client talks over the connection all the while; it moves at a quiet point, since its owner takes no part. ``pytest -s`` shows the matrix.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import re
+import signal
 import socket
 import threading
 import time
@@ -20,18 +21,20 @@ import pytest
 
 from migrate.agent.client import Client
 from migrate.errors import Error
+from migrate.fourtuple import FourTuple
 from migrate.handoff.destination import DestinationHandoff
 from migrate.handoff.machine import crash_points
 from migrate.handoff.source import SourceHandoff
-from migrate.kernel import diag
 from migrate.selection import Selector, find
+from tests.fix_agents import PORT as AGENT_PORT
 from tests.fix_agents import Agent, Agents
 from tests.fix_netns import Lan, LanFactory
 from tests.peers import echo_server
 from tests.waiting import until
 
-WORKERS = 6
+WORKERS = 4
 PORT = 8000
+CUT = 7.0  # seconds: longer than the agents wait for each other's answers
 MACHINES = {"source": SourceHandoff, "destination": DestinationHandoff}
 
 
@@ -77,6 +80,7 @@ class Case:
     """A point, and what came of it."""
 
     point: str
+    fate: str = "kill"  # of the agent, or of the link: delay, drop
     outcome: str = "not reached"
     seconds: float = 0.0
     problem: str = ""
@@ -108,31 +112,52 @@ class Bench:
     def one(self, case: Case) -> None:
         dying = self.a if case.point.startswith("source") else self.b
         dying.stop()
-        dying.start(crash_at=case.point)
+        dying.start(crash_at=case.point if case.fate == "kill" else f"{case.point}=STOP")
+        process = dying.process
+        assert process is not None
         with self.talking() as talk:
             four_tuple = self.name(talk.sock)
             mover = threading.Thread(target=self.move, args=(four_tuple,), daemon=True)
             mover.start()
-            process = dying.process
-            assert process is not None
             with contextlib.suppress(AssertionError):
-                until(lambda: process.poll() is not None, within=4)
-                case.outcome = "killed"
-            if case.outcome == "killed":
+                until(lambda: process.poll() is not None or stopped(process.pid), within=4)
+                case.outcome = case.fate
+            if case.outcome == "kill":
                 dying.start()
+            elif case.outcome == "delay":
+                time.sleep(CUT)
+                process.send_signal(signal.SIGCONT)
+            elif case.outcome != "not reached":
+                with self.cut():
+                    process.send_signal(signal.SIGCONT)
+                    time.sleep(CUT)
             mover.join(40)
-            until(lambda: self.a.settled() and self.b.settled(), within=20, what=self.rest())
+            until(lambda: self.a.settled() and self.b.settled(), within=30, what=self.rest())
             talk.goes_on()
             alive = self.alive(four_tuple)
             assert len(alive) == 1, f"alive on {alive}"
             case.outcome = f"{case.outcome}, lives on {alive[0]}"
         self.reset()
 
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """Nothing that the agents say to each other arrives; the client is not concerned."""
+        host = self.net.host("a")
+        rules = [
+            "add table inet cut",
+            "add chain inet cut c { type filter hook output priority 0; }",
+            *(f"add rule inet cut c tcp {end} {AGENT_PORT} drop" for end in ("sport", "dport")),
+        ]
+        host.run(["nft", "; ".join(rules)])
+        try:
+            yield
+        finally:
+            host.run(["nft", "delete table inet cut"])
+
     def move(self, four_tuple: str) -> None:
         with contextlib.suppress(Error), Client(f"unix:{self.a.socket}") as client:
-            for _ in client.migrate(
-                Selector(connection=diag.FourTuple.parse(four_tuple)), self.b.address, steer="vip:eth0"
-            ):
+            chosen = Selector(connection=FourTuple.parse(four_tuple))
+            for _ in client.migrate(chosen, self.b.address, steer="vip:eth0", when_quiet=5):
                 pass
 
     @contextlib.contextmanager
@@ -157,7 +182,7 @@ class Bench:
         found = []
         for name in ("a", "b"):
             with self.net.host(name).entered():
-                if any(each.owners for each in find(Selector(connection=diag.FourTuple.parse(four_tuple)))):
+                if any(each.owners for each in find(Selector(connection=FourTuple.parse(four_tuple)))):
                     found.append(name)
         return found
 
@@ -182,35 +207,66 @@ def usual_points(log: str, role: str) -> list[str]:
     return [point for point in crash_points(MACHINES[role]) if ":".join(point.split(":")[:3]) in passed]
 
 
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+
+
+class Matrix:
+    """Several benches that share the cases."""
+
+    def __init__(self, lan: LanFactory, agents: Agents, options: list[str]) -> None:
+        self.benches = []
+        for number in range(WORKERS):
+            net = lan("client", "a", "b")
+            a, b = (
+                agents(net.host(name), adopt=["*=child:cat"], options=options, name=f"{name}{number}") for name in "ab"
+            )
+            net.assign("a", net.vip4)
+            self.benches.append(Bench(net, a, b))
+            self.benches[-1].reset()
+
+    def usual_points(self) -> list[str]:
+        """Every point of a run in which nothing goes wrong."""
+        bench = self.benches[0]
+        with echo_server(bench.net.host("a"), "0.0.0.0", PORT), bench.talking() as talk:
+            bench.move(bench.name(talk.sock))
+            until(lambda: bench.a.settled() and bench.b.settled(), what=bench.rest())
+            assert bench.alive(bench.name(talk.sock)) == ["b"]
+        bench.reset()
+        return [
+            *usual_points(bench.a.log.read_text(), "source"),
+            *usual_points(bench.b.log.read_text(), "destination"),
+        ]
+
+    def run(self, cases: list[Case]) -> None:
+        """All cases; prints what came of each."""
+        todo: queue.SimpleQueue[Case] = queue.SimpleQueue()
+        for case in cases:
+            todo.put(case)
+        threads = [threading.Thread(target=each.run, args=(todo,)) for each in self.benches]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for case in cases:
+            print(f"{case.point:50} {case.outcome:24} {case.seconds:5.1f} s  {case.problem}")
+        assert not [case for case in cases if case.problem]
+
+
 @pytest.mark.timeout(400)
-def test_killed_at_every_point(lan: LanFactory, agents: Agents, tmp_path: Path) -> None:
-    benches = []
-    for number in range(WORKERS):
-        net = lan("client", "a", "b")
-        a, b = (agents(net.host(name), adopt=["*=child:cat"], name=f"{name}{number}") for name in "ab")
-        benches.append(Bench(net, a, b))
-        net.assign("a", net.vip4)
-        benches[-1].reset()
-    # The usual run, to learn its points.
-    bench = benches[0]
-    with echo_server(bench.net.host("a"), "0.0.0.0", PORT), bench.talking() as talk:
-        bench.move(bench.name(talk.sock))
-        until(lambda: bench.a.settled() and bench.b.settled(), what=bench.rest())
-        assert bench.alive(bench.name(talk.sock)) == ["b"]
-    bench.reset()
-    points = usual_points(bench.a.log.read_text(), "source") + usual_points(bench.b.log.read_text(), "destination")
-    cases = [Case(point) for point in points]
-    todo: queue.SimpleQueue[Case] = queue.SimpleQueue()
-    for case in cases:
-        todo.put(case)
-    threads = [threading.Thread(target=each.run, args=(todo,)) for each in benches]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for case in cases:
-        print(f"{case.point:50} {case.outcome:24} {case.seconds:5.1f} s  {case.problem}")
-    assert not [case for case in cases if case.problem]
+def test_killed_at_every_point(lan: LanFactory, agents: Agents) -> None:
+    matrix = Matrix(lan, agents, [])
+    cases = [Case(point) for point in matrix.usual_points()]
+    matrix.run(cases)
     # What has nothing to act on is left out of a step, and its points are not passed.
-    spared = {case.point.rpartition(":")[2] for case in cases if "killed" not in case.outcome}
+    spared = {case.point.rpartition(":")[2] for case in cases if "kill" not in case.outcome}
     assert spared <= {"Thaw", "Discard", "Rebuild", "Unclaim"}
+
+
+@pytest.mark.timeout(400)
+def test_link_cut_at_every_transition(lan: LanFactory, agents: Agents, tmp_path: Path) -> None:
+    matrix = Matrix(lan, agents, ["--registry", str(tmp_path / "registry.db")])
+    transitions = [point for point in matrix.usual_points() if point.count(":") == 2]
+    cases = [Case(point, fate) for point in transitions for fate in ("delay", "drop")]
+    matrix.run(cases)
+    assert all(case.fate in case.outcome for case in cases)
