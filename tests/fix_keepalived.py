@@ -103,8 +103,15 @@ class Node:
 
     def start(self) -> None:
         """Start keepalived, and wait until it and its notify program work."""
-        files = ["-p", self.directory / "pid", "-r", self.directory / "vrrp.pid", "-f", self._configuration]
-        command = ["keepalived", "--dont-fork", "--vrrp", "--log-console", "--log-detail", *files]
+        files: list[str | Path] = [
+            "-p",
+            self.directory / "pid",
+            "-r",
+            self.directory / "vrrp.pid",
+            "-f",
+            self._configuration,
+        ]
+        command: list[str | Path] = ["keepalived", "--dont-fork", "--vrrp", "--log-console", "--log-detail", *files]
         with open(self.directory / "keepalived.log", "ab") as log:
             self.process = self.host.popen(
                 command, stdout=log, stderr=log, env={**os.environ, "TCPMIG": str(self._tcpmig)}
@@ -125,6 +132,10 @@ class Node:
     def guarded(self) -> bool:
         """Whether the host sends no RST from the address."""
         return GUARD in self.host.run(["nft", "list", "tables"]).stdout
+
+    def unguarded(self) -> bool:
+        """Whether it may."""
+        return not self.guarded()
 
     def connections(self) -> int:
         """How many established connections of the address live here."""

@@ -64,9 +64,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 def _switch(floating: Floating, output: Output, *, first: str, timeout: float) -> int:
     began = time.monotonic()
     if not floating.here():
+        # What came without the address, or did not go with it.
+        floating.sweep(output)
+        left = floating.left()
         text = f"{floating.text} is not on this host: nothing to switch"
-        output.data(text, {"address": floating.text, "switched": False, "left": floating.left()})
-        return 0
+        output.data(text, {"address": floating.text, "switched": False, "left": left})
+        return 1 if left else 0
     if first == "connections":
         floating.sweep(output)
         if left := floating.left():

@@ -5,21 +5,32 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from tests.crowd import ADOPTED, SERVE, Crowd
 from tests.fix_agents import Agents
 from tests.fix_keepalived import Node, Pair
-from tests.fix_netns import Lan, LanFactory
+from tests.fix_netns import Host, Lan, LanFactory
 from tests.waiting import until
 
 PORT = 8000
 COUNT = int(os.environ.get("TCPMIG_FAILOVER_CONNECTIONS", "200"))
 PAUSE = 0.01  # seconds between two words
+UNIT = Path(__file__).parents[2] / "packaging/systemd/tcpmig-failover.service"
+OPTIONS = "$TCPMIG_FAILOVER"
 LONGEST = 8.0  # seconds that a word may take while keepalived changes its mind
+DEAF = """
+table inet deaf {
+    chain arriving { type filter hook input priority 0; meta l4proto 112 drop; }
+}
+"""
 # A capture would not keep up with the crowd for so long.
 COUNTER = """
 table inet resets {
@@ -77,24 +88,83 @@ class Scene:
         assert here.connections() == 0
 
 
+def _listens(host: Host) -> bool:
+    return f":{PORT}" in host.run(["ss", "-Hltn"]).stdout
+
+
 @pytest.fixture
-def scene(lan: LanFactory, agents: Agents, pair: Pair) -> Scene:
+def scene(lan: LanFactory, agents: Agents, pair: Pair, request: pytest.FixtureRequest) -> Scene:
     net = lan("client", "a", "b")
     adopt = [f"*=systemd:{' '.join(ADOPTED)}"]
     a, b = (agents(net.host(name), adopt=adopt) for name in "ab")
     for name in "ab":
         net.host(name).popen([*SERVE, "0.0.0.0", str(PORT)])
-        until(lambda each=name: f":{PORT}" in net.host(each).run(["ss", "-Hltn"]).stdout)
-    return Scene(net, *pair(net, a, b))
+        until(partial(_listens, net.host(name)), what="the server listens")
+    return Scene(net, *pair(net, a, b, priorities=getattr(request, "param", (100, 100))))
 
 
-@pytest.mark.parametrize("first", ["connections", "address"])
-def test_planned_switch_and_back(scene: Scene, first: str) -> None:
+def test_planned_switch_and_back(scene: Scene) -> None:
+    turns = (scene.a, scene.b, "connections"), (scene.b, scene.a, "address"), (scene.a, scene.b, "connections")
     with scene.talking():
-        for here, there in itertools.islice(itertools.cycle([(scene.a, scene.b), (scene.b, scene.a)]), 3):
+        for here, there, first in turns:
             done = here.failover("--first", first)
             assert done.code == 0, (done, here.said(), there.said())
             assert done.objects[-1]["switched"]
             scene.moved(here, there)
             assert here.guarded()
-            until(lambda node=there: not node.guarded(), what="the grace time ends")
+            until(there.unguarded, what="the grace time ends")
+
+
+@pytest.mark.parametrize("scene", [(110, 100)], indirect=True, ids=["unequal"])
+def test_flapping_peer(scene: Scene) -> None:
+    """The standby takes the address for a moment, again and again; then the active one's keepalived is stopped."""
+    with scene.talking():
+        for _ in range(3):
+            scene.b.host.run(["nft", DEAF])
+            until(scene.b.has_address, what="the standby believes to be alone")
+            scene.b.host.run(["nft", "delete", "table", "inet", "deaf"])
+            until(lambda: scene.a.has_address() and not scene.b.has_address(), what="the address is back")
+            assert scene.b.guarded()
+        until(lambda: scene.a.connections() == COUNT, what="they stay, or are back")
+        scene.a.stop()
+        scene.moved(scene.a, scene.b)
+
+
+def test_node_that_is_shut_down(scene: Scene) -> None:
+    """What systemd does: the unit's ExecStop, then keepalived ends, the agent, the server, and at last the network."""
+    a, b = scene.a, scene.b
+    with scene.talking():
+        for words in stop_commands(a):
+            assert a.host.run(words, check=False).returncode == 0
+        a.stop()
+        a.agent.close()
+        a.host.run(["ip", "link", "set", "dev", a.host.dev, "down"])
+        assert b.has_address()
+        assert b.connections() == COUNT
+
+
+def stop_commands(node: Node) -> list[list[str]]:
+    """The unit's ExecStop lines, as an operator's configuration makes them."""
+    lines = [line.partition("=")[2] for line in UNIT.read_text().splitlines() if line.startswith("ExecStop=")]
+    commands = [line.removeprefix("-").split() for line in lines]
+    assert all(words[0] == "/usr/bin/tcpmig" and words[-1:] for words in commands)
+    return [
+        [
+            sys.executable,
+            "-m",
+            "migrate.cli",
+            *itertools.chain(*(node.words if each == OPTIONS else [each] for each in words[1:])),
+        ]
+        for words in commands
+    ]
+
+
+def test_unit_is_understood() -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", UNIT],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stderr.splitlines() if UNIT.name in line and "/usr/bin/tcpmig" not in line]
+    assert lines == []
