@@ -16,6 +16,7 @@ from migrate.adopt import Adopter, Adoption
 from migrate.adopt.child import ChildAdoption, InetdAdopter, SystemdAdopter
 from migrate.adopt.relay import RelayAdopter
 from migrate.adopt.spawner import Gate, Spawner
+from migrate.adopt.unix import UnixAdopter
 from migrate.cli import holds, sealing
 from migrate.cli.epochs import Epochs, memory
 from migrate.cli.guard import Guard
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--systemd", action="store_true", help="hand all connections to one CMD, from descriptor 3 on (LISTEN_FDS)"
     )
     parser.add_argument("--relay", metavar="HOST:PORT", help="carry every connection's bytes to and from that server")
+    parser.add_argument("--adopter", metavar="PATH", help="the application that listens at this unix socket gets them")
     parser.add_argument("--steer", metavar="vip:DEV", help="first let the connections' addresses come to that device")
     parser.add_argument(
         "--local", metavar="ADDR[:PORT]", help="the connections' end on this host, where a NAT hides it from the peers"
@@ -126,13 +128,21 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 def _adopter(arguments: argparse.Namespace) -> Adopter:
     """Who owns them."""
-    ways = [bool(arguments.command), arguments.relay is not None, arguments.hold_open]
+    ways = [
+        bool(arguments.command),
+        arguments.relay is not None,
+        arguments.adopter is not None,
+        arguments.hold_open,
+    ]
     if sum(ways) != 1 or (arguments.systemd and not arguments.command):
         raise UsageError(
-            "who shall own the connections?", hint="exactly one of: [--systemd] -- CMD, --relay HOST:PORT, --hold-open"
+            "who shall own the connections?",
+            hint="exactly one of: [--systemd] -- CMD, --relay HOST:PORT, --adopter PATH, --hold-open",
         )
     if arguments.hold_open:
         return _Keeper()
+    if arguments.adopter is not None:
+        return UnixAdopter(arguments.adopter)
     if arguments.relay is not None:
         return RelayAdopter(arguments.relay, session=arguments.detach)
     style = SystemdAdopter if arguments.systemd else InetdAdopter
