@@ -28,6 +28,7 @@ from migrate.errors import Error, Gone, NotFound, Refused, from_oserror
 from migrate.fourtuple import unmapped
 from migrate.ici import Ici
 from migrate.kernel import options, sockopt, tcpinfo, uapi
+from migrate.obstacle import obstacle
 from migrate.tcpstate import REBUILD, TcpState, Way
 
 __all__ = [
@@ -42,7 +43,6 @@ __all__ = [
     "freeze",
     "leave",
     "leave_out_what_comes_by_itself",
-    "obstacle",
     "read_frozen",
     "receive_queue",
     "release",
@@ -302,26 +302,6 @@ def borrowed(sock: HasFileno) -> Iterator[socket.socket]:
         yield over
     finally:
         over.detach()
-
-
-def obstacle(state: int, *, multipath: bool = False, upper_layer: str = "") -> Refused | None:
-    """Why a TCP connection in that state cannot be moved, or None if it can.
-
-    ``upper_layer`` is the name that TCP_ULP gives ("tls" for TLS in the kernel), empty for none.
-    """
-    if multipath:
-        return Refused(
-            "it is a Multipath TCP socket, which the kernel cannot repair",
-            hint="have the server listen with plain TCP (for Go programs GODEBUG=multipathtcp=0)",
-        )
-    known = TcpState.from_kernel(state)
-    if not REBUILD[known].dumpable:
-        return Refused(f"it is in {known.name}: {REBUILD[known].reason}")
-    if upper_layer == "tls":
-        return Refused("its TLS keys live in the kernel (kTLS)", hint="switch kernel TLS off in the application")
-    if upper_layer:
-        return Refused(f"its upper layer {upper_layer!r} lives in the kernel, which gives no copy of it")
-    return None
 
 
 def _refuse_unless_movable(sock: socket.socket) -> None:

@@ -9,10 +9,10 @@ import socket
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Self
 
-from migrate.checkpoint import obstacle
 from migrate.errors import Error, NotFound, PrivilegeError, Refused
 from migrate.fourtuple import FourTuple
 from migrate.kernel import diag, pidfd
+from migrate.obstacle import obstacle
 from migrate.tcpstate import TcpState
 
 __all__ = ["Found", "Selector", "Takers", "find"]

@@ -8,13 +8,13 @@ import gc
 import socket
 from collections.abc import Sequence
 
-from migrate.checkpoint import obstacle
 from migrate.cli import selector
 from migrate.cli.output import Output, bytes_text
 from migrate.errors import Refused
 from migrate.kernel import tcpinfo
 from migrate.kernel.diag import Connection, Extension
 from migrate.kernel.pidfd import Owner
+from migrate.obstacle import obstacle
 from migrate.tcpstate import TcpState
 
 __all__ = ["add_arguments", "run"]
@@ -74,7 +74,7 @@ def _object(connection: Connection, owners: Sequence[Owner]) -> dict[str, object
 @functools.cache
 def _judged(state: TcpState, upper_layer: str, owned: bool) -> tuple[str, str, str | None]:
     """The state's name, whether the connection can migrate, and why not, for people and for programs."""
-    refused = obstacle(state, multipath=upper_layer == "mptcp", upper_layer=upper_layer)
+    refused = obstacle(state, upper_layer=upper_layer)
     if refused is None and not owned:
         refused = Refused("no process has it open")
     return state.name, "yes" if refused is None else f"no: {refused.what}", None if refused is None else str(refused)

@@ -20,6 +20,7 @@ GENERATED = PACKAGE / "agent" / "v1"
 LAYERS = (
     "errors",
     "tcpstate",
+    "obstacle",
     "fourtuple",
     "ici",
     "sealed",

@@ -1,0 +1,28 @@
+"""Why a connection cannot be moved, as far as its kind tells. Here, by itself, because it costs nothing to load."""
+
+from __future__ import annotations
+
+from migrate.errors import Refused
+from migrate.tcpstate import REBUILD, TcpState
+
+__all__ = ["obstacle"]
+
+
+def obstacle(state: int, *, multipath: bool = False, upper_layer: str = "") -> Refused | None:
+    """Why a TCP connection in that state cannot be moved, or None if it can.
+
+    ``upper_layer`` is the name that TCP_ULP gives ("tls" for TLS in the kernel, "mptcp" for a subflow), empty for none.
+    """
+    if multipath or upper_layer == "mptcp":
+        return Refused(
+            "it is a Multipath TCP socket, which the kernel cannot repair",
+            hint="have the server listen with plain TCP (for Go programs GODEBUG=multipathtcp=0)",
+        )
+    known = TcpState.from_kernel(state)
+    if not REBUILD[known].dumpable:
+        return Refused(f"it is in {known.name}: {REBUILD[known].reason}")
+    if upper_layer == "tls":
+        return Refused("its TLS keys live in the kernel (kTLS)", hint="switch kernel TLS off in the application")
+    if upper_layer:
+        return Refused(f"its upper layer {upper_layer!r} lives in the kernel, which gives no copy of it")
+    return None
