@@ -62,7 +62,6 @@ class Mover:
             migrate.release(sock)
             sock.close()
             after.keep(packet for packets in before.take().values() for packet in packets)
-            after.replay()  # first: it opens the way out, which the window probe needs
             migrate.activate(restored)
         return restored
 
