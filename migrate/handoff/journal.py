@@ -11,8 +11,8 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Self
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import msgspec
 
@@ -48,6 +48,7 @@ _MARK = """INSERT INTO seen VALUES(?, ?, 0, ?) ON CONFLICT(id) DO UPDATE SET
     epoch = max(seen.epoch, excluded.epoch), at = excluded.at"""
 _ROWS = """SELECT batch, role, state, peer, steer, shared, journal, connections, refused
     FROM handoff ORDER BY number"""
+_AT_ONCE = 500  # keys in one question; older SQLites take 999
 _CONNECTIONS = msgspec.msgpack.Decoder(tuple[Connection, ...])
 _REFUSED = msgspec.msgpack.Decoder(dict[bytes, str])
 _OTHERS = msgspec.msgpack.Decoder(list[bytes])
@@ -142,9 +143,10 @@ class Journal:
 
     def _conflicts(self, connections: Sequence[Connection]) -> dict[bytes, str]:
         refused = {}
-        ask = f"SELECT epoch, {_BUSY} FROM seen WHERE id=?"
+        ask = f"SELECT id, epoch, {_BUSY} FROM seen WHERE id"
+        seen = {id: row for id, *row in self._about(ask, [connection.id for connection in connections])}
         for connection in connections:
-            row = self._database.connection.execute(ask, (connection.id,)).fetchone()
+            row = seen.get(connection.id)
             if row is not None and row[1]:
                 refused[connection.id] = "another handoff of it is not over here"
             elif row is not None and row[0] >= connection.epoch:
@@ -215,14 +217,21 @@ class Journal:
 
         One that came here by a handoff keeps its id; any other gets a new one.
         """
-        ask = "SELECT socket.id, epoch FROM socket LEFT JOIN seen ON seen.id = socket.id WHERE cookie=?"
-        named = []
+        ask = "SELECT cookie, socket.id, epoch FROM socket LEFT JOIN seen ON seen.id = socket.id WHERE cookie"
+        chosen = [(four_tuple, _signed(cookie)) for four_tuple, cookie in sockets]
         with self._lock, self._database.errors():
-            for four_tuple, cookie in sockets:
-                row = self._database.connection.execute(ask, (_signed(cookie),)).fetchone()
-                id, epoch = row or (new_id(), 0)
-                named.append(Connection(id, (epoch or 0) + 1, four_tuple))
+            known = {cookie: row for cookie, *row in self._about(ask, [cookie for _, cookie in chosen])}
+        named = []
+        for four_tuple, cookie in chosen:
+            id, epoch = known.get(cookie) or (new_id(), 0)
+            named.append(Connection(id, (epoch or 0) + 1, four_tuple))
         return tuple(named)
+
+    def _about(self, ask: str, keys: Sequence[object]) -> Iterator[tuple[Any, ...]]:
+        # The rows of many keys with few questions: one a key costs ten times as much.
+        for start in range(0, len(keys), _AT_ONCE):
+            part = keys[start : start + _AT_ONCE]
+            yield from self._database.connection.execute(f"{ask} IN ({','.join('?' * len(part))})", part)
 
     def remember(self, sockets: Mapping[int, bytes]) -> None:
         """The sockets with these cookies (SO_COOKIE) are the connections with these ids."""
