@@ -6,8 +6,8 @@ the spawner reads what is on its way even if the sender has died since.
 
 The sockets of one adoption wait at one gate, a pipe. A byte for each owner on it says: they are active, go. If it
 closes without, the sender died, and each socket tells what it had done: one that is still silent is closed, which
-nobody notices; one that is active goes ahead. A socket that is only kept stays with the spawner until its peer closes it; so
-long the spawner outlives its parent.
+nobody notices; one that is active goes ahead. A socket that is only kept stays with the spawner until its peer closes
+it; so long the spawner outlives its parent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """An agent is killed at every step of a handoff, found by walking the tables: the connection lives on, on one host.
 
 The points of the usual run are those that both machines pass when nothing goes wrong; each lies between two effects.
-A client talks over the connection all the while; it moves at a quiet point, since its owner takes no part. ``pytest -s`` shows the matrix.
+A client talks over the connection all the while; it moves at a quiet point, since its owner takes no part.
+``pytest -s`` shows the matrix.
 """
 
 from __future__ import annotations
