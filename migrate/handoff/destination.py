@@ -65,15 +65,16 @@ _E = DestinationEvent
 _REFUSE = (_D.DISCARDED, (do.Discard, do.Forget, say.Prepared))
 _DROP = (_D.DISCARDED, (do.Discard, do.Forget))
 _DISCARD = (_D.DISCARDED, (do.Discard, do.Forget, say.Discarded))
+_UNHEARD = (_D.DISCARDED, (do.Forget, say.Discarded))
 _GO = (do.Replay, do.Activate, do.WriteJournal, do.LiftHold)
 _REBUILD = (do.Discard, do.Rebuild, do.Adopt, do.StartTimer)
 
 TRANSITIONS: Table = {
     _D.ABSENT: {
         _E.PREPARE: (_D.CHECKING, (do.Check,)),
-        _E.OFFER: _DISCARD,  # a query has overtaken it, or the agent was restarted
+        _E.OFFER: _UNHEARD,  # a query has overtaken it, or the agent was restarted
         _E.ABORT: (_D.DISCARDED, ()),
-        _E.QUERY: _DISCARD,
+        _E.QUERY: _UNHEARD,
         _E.RELEASED: (_D.DONE, (say.Activated,)),
     },
     _D.CHECKING: {

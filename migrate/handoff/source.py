@@ -66,7 +66,8 @@ _S = SourceState
 _E = SourceEvent
 
 _RELEASE = (_S.RELEASED, (do.WriteJournal, do.Release, do.SendKept, do.Steer, do.Thaw, do.StartTimer))
-_STAY = (_S.STAYED, (do.Thaw, do.Unclaim, do.Forget, do.Report))
+_STAY = (_S.STAYED, (do.Thaw, do.Forget, do.Report))
+_STAY_UNCLAIMED = (_S.STAYED, (do.Thaw, do.Unclaim, do.Forget, do.Report))
 _WITHDRAW = (_S.STAYED, (say.Abort, do.Forget, do.Report))
 _GIVE_UP = (_S.STAYED, (say.Abort, do.Thaw, do.Forget, do.Report))
 _ASK = (_S.DOUBT, (do.Ask, do.StartTimer))
@@ -91,7 +92,7 @@ TRANSITIONS: Table = {
         _E.CANCEL: _GIVE_UP,
         _E.FAILED: _GIVE_UP,
         # Not offered: or the row would say so. It may have been claimed by one that could not write it.
-        _E.RESTARTED: _STAY,
+        _E.RESTARTED: _STAY_UNCLAIMED,
     },
     _S.OFFERED: {
         _E.COMMITTED: _RELEASE,
@@ -104,12 +105,12 @@ TRANSITIONS: Table = {
     },
     _S.DOUBT: {
         _E.COMMITTED: _RELEASE,
-        _E.DISCARDED: _STAY,
+        _E.DISCARDED: _STAY_UNCLAIMED,  # a claim may have been made that was not heard of
         _E.TIMEOUT: _ASK,
         _E.EXHAUSTED: (_S.CLAIMING, (do.Claim,)),
         _E.LINK_LOST: (_S.DOUBT, ()),
         _E.CANCEL: (_S.DOUBT, ()),
-        _E.RESOLVED_HERE: (_S.STAYED, (do.Thaw, do.Forget, do.Report)),
+        _E.RESOLVED_HERE: _STAY,
         _E.RESOLVED_THERE: _RELEASE,
     },
     _S.CLAIMING: {
@@ -133,7 +134,7 @@ TRANSITIONS: Table = {
         _E.ACTIVATED: (_S.LINGERING, (do.Forget, do.Report, do.StartTimer)),
         _E.COMMITTED: (_S.RELEASED, ()),  # asked twice, answered twice
         _E.TIMEOUT: _RELEASE,
-        _E.LINK_LOST: _RELEASE,
+        _E.LINK_LOST: (_S.RELEASED, ()),
         _E.FAILED: (_S.RELEASED, (do.StartTimer,)),
         _E.CANCEL: (_S.RELEASED, ()),
         _E.RESTARTED: (_S.RELEASED, (do.Rehold, do.Release, do.SendKept, do.Steer, do.Thaw, do.StartTimer)),

@@ -205,7 +205,7 @@ def test_an_operator_decides_where_nobody_else_can() -> None:
 
 def test_it_says_released_until_it_is_heard() -> None:
     play = frozen().gets(COMMITTED, "RELEASED", *RELEASING).gets(COMMITTED, "RELEASED")
-    play.gets(on.LinkLost(), "RELEASED", *RELEASING).time_out("RELEASED", *RELEASING)
+    play.gets(on.LinkLost(), "RELEASED").time_out("RELEASED", *RELEASING)
     play.gets(ACTIVATED, "LINGERING", do.Forget, do.Report, do.StartTimer).gets(ACTIVATED, "LINGERING")
     play.gets(on.LinkLost(), "LINGERING").time_out("MOVED", do.SendKept, do.LiftHold)
 
