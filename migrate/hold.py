@@ -34,6 +34,7 @@ from migrate.kernel.diag import SockDiag
 from migrate.kernel.nflog import Listener
 from migrate.kernel.nft import MARK, HoldTable
 from migrate.kernel.segment import Injector, fix_checksums, four_tuple
+from migrate.tcpstate import TcpState
 
 __all__ = ["Hold"]
 
@@ -232,7 +233,8 @@ class Hold:
 
     def _emit_living(self, tuples: Iterable[FourTuple]) -> None:
         known = [each for each in tuples if each in self.departing]
-        here = self._connections(known)
+        # TIME_WAIT only answers; what it said to a segment that was injected would draw a RST, and that would end it.
+        here = self._connections(known, time_wait=False)
         self.emit([each for each in known if each in here])
         for each in known:
             self._size -= _size({each: self.departing.pop(each, [])})
@@ -282,11 +284,11 @@ class Hold:
         self.dropped += sum(map(len, packets.values())) - count
         return count
 
-    def _connections(self, tuples: Collection[FourTuple]) -> Collection[FourTuple]:
-        """Those that have a socket here; perhaps others too."""
-        if len(tuples) <= _FEW:
-            return {each for each in tuples if self._diag.find(each)}
-        return {each.four_tuple for each in self._diag.list_connections()}
+    def _connections(self, tuples: Collection[FourTuple], *, time_wait: bool = True) -> Collection[FourTuple]:
+        """Those that have a socket here, or are in TIME_WAIT; perhaps others too."""
+        few = len(tuples) <= _FEW
+        found = filter(None, map(self._diag.find, tuples)) if few else self._diag.list_connections()
+        return {each.four_tuple for each in found if time_wait or each.state is not TcpState.TIME_WAIT}
 
 
 def _size(packets: dict[FourTuple, list[bytes]]) -> int:

@@ -125,7 +125,7 @@ class Ici(msgspec.Struct, omit_defaults=True, gc=False):
     received: Annotated[Queue, Field("the receive queue up to rcv_nxt: acknowledged, not read", "bytes")] = b""
     ended: Annotated[_Choice, Field("CLOSED: 0 there was no connection, 1 ended by FINs, 2 by a reset")] = 0
     backlog: Annotated[_U32, Field("LISTEN: the length that its accept queue may have", "connections")] = 0
-    time_left: Annotated[_U32, Field("TIME-WAIT: how much longer it lasts", "milliseconds")] = 0
+    time_left: Annotated[_U32, Field("TIME-WAIT, also after CLOSED: how much longer it lasts", "milliseconds")] = 0
 
     @property
     def four_tuple(self) -> FourTuple:

@@ -5,7 +5,8 @@ LISTEN. While one is frozen a filter lets no SYN in (the peer repeats it), but h
 
 CLOSED. A socket that never had a connection is a fresh one, bound if it was bound. One whose connection has ended may
 hold bytes to be read, then an end or an error: it is made a connection again, which is then ended in the same way,
-by segments as the peer would send them. All of this is silent. An error is restored as ECONNRESET: to see which one it
+by segments as the peer would send them. If TIME_WAIT goes on without the socket it is made anew by the same means, from
+the numbers that the socket still has. All of this is silent. An error is restored as ECONNRESET: to see which one it
 was would take it away from the application.
 
 SYN_SENT. The same SYN is sent again. An answer to one sent before the move echoes its timestamp, and Linux refuses (by
@@ -42,7 +43,6 @@ _NO_SYN = b"".join(  # ldb [13]; jset #SYN; ret #0; ret #-1 - in the form of a r
     for step in ((0x30, 0, 0, 13), (0x45, 0, 1, 2), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
 )
 _SLACK = 0.02  # seconds; the time of the last SYN is known to some milliseconds
-_SEQUENCE = 1  # where the queues of a connection begin that is made only to end
 _WINDOW = 0xFFFF
 _INJECTION = 0.5  # seconds for an injected segment to arrive
 
@@ -104,6 +104,12 @@ def _read_closed(sock: socket.socket, record: Ici) -> None:
             raise
         return  # never connected
     record.ended = _ended(sock)
+    record.snd_una, record.rcv_nxt = sockopt.queue_ends(sock)
+    record.snd_wl1 = record.rcv_wup = record.rcv_nxt
+    with netns.entered_with(sock):
+        after = diag.find(record.four_tuple)
+    if after is not None and after.state is TcpState.TIME_WAIT:
+        record.time_left = after.expires
     if length := sockopt.received_length(sock):
         sockopt.select_queue(sock, uapi.TCP_RECV_QUEUE)
         offset = sock.getsockopt(socket.SOL_SOCKET, uapi.SO_PEEK_OFF)
@@ -266,8 +272,12 @@ def _rebuild_syn_sent(sock: socket.socket, ici: Ici) -> list[str]:
 
 
 def _rebuild_ended(sock: socket.socket, ici: Ici) -> list[str]:
+    with diag.SockDiag() as here:
+        here.forget_time_wait(ici.four_tuple)  # what the socket left here when it moved away
+    fin = ici.ended == ENDED_BY_FIN  # of both sides: they count
+    end = (ici.rcv_nxt - fin) & 0xFFFFFFFF
     unset = options.apply(sock, ici.options, options.Phase.BEFORE_BIND)
-    sockopt.begin_queues(sock, _SEQUENCE, _SEQUENCE)
+    sockopt.begin_queues(sock, ici.snd_una - fin, end - len(ici.received))
     sock.bind((_text(ici, ici.local), ici.local_port))
     unset += options.apply(sock, ici.options, options.Phase.BEFORE_CONNECT)
     sock.connect((_text(ici, ici.remote), ici.remote_port))
@@ -276,22 +286,30 @@ def _rebuild_ended(sock: socket.socket, ici: Ici) -> list[str]:
         data = data[sock.send(data, socket.MSG_DONTWAIT) :]
     sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
     unset += options.apply(sock, ici.options, options.Phase.IN_REPAIR)
-    end = _SEQUENCE + len(ici.received)
     sockopt.set_window(sock, (end, _WINDOW, _WINDOW, _WINDOW, end))
     with Injector(MARK) as injector:
 
         def arrives(flags: int, seq: int, ack: int, leads_to: TcpState) -> None:
-            _inject(injector, sock, Segment(ici.four_tuple, seq=seq, ack=ack, flags=flags, window=_WINDOW), leads_to)
+            segment = Segment(ici.four_tuple, seq & 0xFFFFFFFF, ack & 0xFFFFFFFF, flags, _WINDOW)
+            _inject(injector, sock, segment, leads_to)
 
-        if ici.ended == ENDED_BY_RST:
+        if not fin:
             arrives(RST, end, 0, TcpState.CLOSED)
-            return unset
-        arrives(ACK | FIN, end, _SEQUENCE, TcpState.CLOSE_WAIT)
-        sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)  # so that our FIN counts as sent, and is not
-        sock.shutdown(socket.SHUT_WR)
-        sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
-        arrives(ACK, end + 1, _SEQUENCE + 1, TcpState.CLOSED)
+        elif ici.time_left:
+            _shut(sock)
+            arrives(ACK, end, ici.snd_una, TcpState.FIN_WAIT_2)
+            arrives(ACK | FIN, end, ici.snd_una, TcpState.CLOSED)
+        else:
+            arrives(ACK | FIN, end, ici.snd_una - 1, TcpState.CLOSE_WAIT)
+            _shut(sock)
+            arrives(ACK, end + 1, ici.snd_una, TcpState.CLOSED)
     return unset
+
+
+def _shut(sock: socket.socket) -> None:
+    sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)  # so that our FIN counts as sent, and is not
+    sock.shutdown(socket.SHUT_WR)
+    sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
 
 
 def _inject(injector: Injector, sock: socket.socket, arriving: Segment, leads_to: TcpState) -> None:

@@ -27,10 +27,10 @@ __all__ = ["Connection", "Endpoint", "Extension", "SockDiag", "find", "list_conn
 
 NETLINK_SOCK_DIAG = 4  # include/uapi/linux/netlink.h
 NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLM_F_REQUEST, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x10, 0x300
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
 NLA_TYPE_MASK = 0x3FFF
 
-SOCK_DIAG_BY_FAMILY = 20  # include/uapi/linux/sock_diag.h
+SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21  # include/uapi/linux/sock_diag.h
 
 INET_DIAG_REQ_BYTECODE = 1  # include/uapi/linux/inet_diag.h
 INET_DIAG_BC_S_COND, INET_DIAG_BC_D_COND = 7, 8
@@ -195,6 +195,21 @@ class SockDiag:
         # Where no connection is, the kernel gives the listener that would get the segment.
         return any(connection.four_tuple == four_tuple for connection in found.values())
 
+    def forget_time_wait(self, four_tuple: FourTuple) -> None:
+        """End that TIME_WAIT before its time, if there is one; no segment leaves. Raises PrivilegeError, KernelError.
+
+        In any other state the kernel would reset the connection (SOCK_DESTROY), so that one is left alone.
+        """
+        connection = self.find(four_tuple)
+        if connection is None or connection.state is not TcpState.TIME_WAIT:
+            return
+        try:
+            self._ask(NLM_F_REQUEST | NLM_F_ACK, _exactly(four_tuple, 0), SOCK_DESTROY)
+        except FileNotFoundError:
+            pass  # its time was over
+        except OSError as error:
+            raise _explained(error) from None
+
     def _dump(self, family: int, states: int, extensions: int, program: bytes) -> dict[int, Connection]:
         number = socket.AF_INET if family == 4 else socket.AF_INET6
         request = _REQUEST.pack(number, socket.IPPROTO_TCP, extensions, states, b"", b"", b"", b"", 0, 0)
@@ -209,11 +224,11 @@ class SockDiag:
                 raise _explained(error) from None
         raise KernelError("listing sockets", errno.EINTR, hint="they change too quickly; try again")
 
-    def _ask(self, flags: int, request: bytes) -> dict[int, Connection]:
+    def _ask(self, flags: int, request: bytes, message: int = SOCK_DIAG_BY_FAMILY) -> dict[int, Connection]:
         # One request and all of its answer. By cookie, since a hash bucket that changes during a dump can show a socket
         # twice. Raises OSError: the kernel's, and InterruptedError where the kernel says the dump is inconsistent.
         # This loop is what a listing costs, so it makes no call that it can do without.
-        header = _HEADER.pack(_HEADER.size + len(request), SOCK_DIAG_BY_FAMILY, flags, 0, 0)
+        header = _HEADER.pack(_HEADER.size + len(request), message, flags, 0, 0)
         self._socket.send(header + request)
         found: dict[int, Connection] = {}
         flags_seen, more, new = 0, True, tuple.__new__

@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 
 from tests.fix_netns import Lan
-from tests.histories import History, Stage, histories
+from tests.histories import Close, History, Lose, Move, Stage, histories
 
 COUNT = int(os.environ.get("TCPMIG_HISTORIES", "40"))
 SEED_IS_FIXED = "TCPMIG_HISTORIES" not in os.environ
@@ -38,5 +38,6 @@ def stage() -> Iterator[Stage]:
     print_blob=True,
 )
 @given(history=histories)
+@example(history=History("ipv4", (Close(1), Lose(0, 1), Close(0), Move(1), Move(0))))  # TIME_WAIT moves with its socket
 def test_the_applications_cannot_tell(stage: Stage, history: History) -> None:
     assert stage.play(history) == stage.play(history, moving=False)

@@ -75,6 +75,7 @@ def test_a_connection_that_ended(field: Field, how: Callable[[Life], None], fami
         with pytest.raises(BrokenPipeError):
             life.ours.send(b"x")
         assert not [each for each in life.wire.segments[seen:] if each.source == life.four_tuple.local]
+        assert life.state() is (TcpState.TIME_WAIT if how is finished_first else TcpState.CLOSED)
 
 
 @families
