@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from migrate.errors import HostError, UsageError, from_oserror
 from migrate.kernel import sockopt
+from migrate.kernel.capabilities import drop_ambient
 
 __all__ = ["LISTEN_FDS_START", "ChildAdoption", "InetdAdopter", "SystemdAdopter", "become"]
 
@@ -89,6 +90,7 @@ def become(
         environment = _place(descriptors, systemd=systemd)
         for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
+        drop_ambient()  # an agent's privileges are not for whom it starts
         os.execvpe(command[0], list(command), environment)
     except BaseException as error:
         with contextlib.suppress(OSError):

@@ -181,7 +181,7 @@ def test_restore(scene: Scene) -> None:
             if at % 8 == 4:
                 client.sendall(said)
             again = scene.restore(file)
-            assert again.code == 0 or "exists here already" in again.stdout or "before" in again.stdout, (run, again)
+            assert again.code == 0 or "exists here already" in again.stderr or "before" in again.stderr, (run, again)
             codes.append(again.code)
             echoes(client, said=said)
             scene.no_rst(name)
