@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import pytest
 
 import migrate
 from migrate.adopt.unix import Application, UnixAdopter
+from migrate.cli.main import main
 from migrate.errors import Error, HostError, Refused
 from migrate.kernel import netns, sockopt
 from migrate.selection import Found, Selector, Takers, find
@@ -23,6 +25,7 @@ from tests import taking_part
 from tests.capture import Capture
 from tests.fix_netns import Host, Lan
 from tests.moving import Mover
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 PORT = 8080
@@ -34,6 +37,7 @@ class Lines:
     def __init__(self, host: Host, address: str) -> None:
         with host.entered():
             self.sock = socket.create_connection((address, PORT), timeout=10)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # halves of lines are not kept back
         self.count = self.crc = 0
         self.answers = self.sock.makefile("rb")
         name = "{}:{},{}:{}".format(*self.sock.getpeername(), *self.sock.getsockname())
@@ -95,6 +99,13 @@ class Scene:
             (found,) = find(Selector(connection=self.client.server))
         return found
 
+    def owners(self, host: Host) -> list[int]:
+        """The processes that have it."""
+        with host.entered():
+            return sorted(
+                owner.pid for found in find(Selector(connection=self.client.server)) for owner in found.owners
+            )
+
     def ask(self, application: Application, seconds: float = 5.0) -> bytes | Error:
         (descriptor,) = [owner.fd for owner in self.found().owners if owner.pid == application.pid]
         return application.ask({self.client.server: descriptor}, seconds)[self.client.server]
@@ -107,8 +118,11 @@ class Scene:
         with sockets[self.client.server] as sock:
             yield sock
 
-    def move(self) -> None:
-        """As an agent would: ask, hold, dump, restore, adopt, activate."""
+    def move(self, *, dies: str = "") -> None:
+        """As an agent would: ask, hold, dump, restore, adopt, activate.
+
+        The one that hands the connection over ``dies`` when it is "silent", and another one tries again; or "active".
+        """
         here, there, name = self.mover.here, self.mover.there, self.client.server
         with Application(self.path(here)) as application:
             state = self.ask(application)
@@ -124,14 +138,32 @@ class Scene:
                 with netns.entered(there.netns):
                     restored = migrate.restore(migrate.Ici.decode(record.encode()), activate=False)
                 with restored:
+                    if dies == "silent":
+                        die_having_offered(self.path(there), restored)
+                        until(lambda: self.owners(there) == [os.getpid()], what="the application closes it")
                     (adoption,) = UnixAdopter(self.path(there)).adopt([restored])
                     assert adoption.refusal is None
                     migrate.release(sock)
                     after.keep(packet for packets in before.take().values() for packet in packets)
                     after.replay()
                     migrate.activate(restored)
-                    adoption.go()
+                    if dies == "active":
+                        die(adoption._application)
+                    else:
+                        adoption.go()
             application.gone([name])
+
+
+def die(application: Application) -> None:
+    """End the session as a killed process does: without a word."""
+    application._socket.close()
+
+
+def die_having_offered(path: str, restored: socket.socket) -> None:
+    application = Application(path)
+    (adoption,) = application.adopt([restored])
+    assert adoption.refusal is None
+    die(application)
 
 
 @pytest.fixture
@@ -148,6 +180,16 @@ def test_a_connection_moves_with_its_state_and_back(scene: Scene) -> None:
         scene.client.talk()
         (owner,) = scene.found().owners
         assert owner.pid == scene.running[scene.mover.here.name].pid
+    assert not scene.capture.rsts
+
+
+@pytest.mark.parametrize("when", ["silent", "active"])
+def test_who_hands_it_over_dies(scene: Scene, when: str) -> None:
+    scene.client.begin()
+    scene.move(dies=when)
+    scene.client.end()
+    scene.client.talk()
+    assert scene.owners(scene.mover.here) == [scene.running["b"].pid]
     assert not scene.capture.rsts
 
 
@@ -177,7 +219,7 @@ def test_an_asker_that_dies_while_the_connection_is_frozen(scene: Scene) -> None
         application = Application(scene.path("a"))
         assert isinstance(scene.ask(application), bytes)
         migrate.dump(sock)
-        application._socket.close()  # as a killed process: without a word
+        die(application)
         with Application(scene.path("a")) as another:  # it still answers others
             assert another.serves(scene.client.server)
         assert sockopt.in_repair(sock)
@@ -209,9 +251,12 @@ def test_restore_into_a_running_application(scene: Scene) -> None:
     assert owner.pid == scene.running["b"].pid
 
 
-def test_restore_refuses_where_no_application_is(scene: Scene) -> None:
-    with pytest.raises(AssertionError, match="no application at"):
-        tcpmig(scene, "restore", "/dev/null", "--adopter", str(scene.directory / "a" / "nobody"))
+def test_restore_refuses_where_no_application_is(tmp_path: Path) -> None:
+    stdout, stderr = io.StringIO(), io.StringIO()
+    tmp_path.chmod(0o700)
+    words = ["restore", "/dev/null", "--adopter", str(tmp_path / "nobody")]
+    assert main(words, stdout=stdout, stderr=stderr) == HostError.exit_code
+    assert "no application at" in stderr.getvalue()
 
 
 def tcpmig(scene: Scene, *words: str | Path) -> subprocess.CompletedProcess[str]:

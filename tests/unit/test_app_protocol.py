@@ -126,6 +126,20 @@ def test_every_state_can_be_reached_and_left_and_speaks_one_language() -> None:
     assert {on for row in (*TRANSITIONS.values(), *GREETING.values()) for on in row} == set(On)
 
 
+def test_the_documentation_has_the_same_tables() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "app-protocol.md").read_text()
+    rows = [
+        f"| {state.name} | {on.name} | {speaker.name.lower()} | {after.name} |"
+        for state, row in TRANSITIONS.items()
+        for on, (speaker, after) in row.items()
+    ]
+    assert "\n".join(rows) + "\n\n" in text
+    for message in (Hello, Services, *map(type, SAID.values())):
+        assert f"\n| {message.__struct_config__.tag} | {message.__name__} |" in text
+    for limit in (MAX_MESSAGE, MAX_CHUNK, MAX_STATE):
+        assert f"| {limit:,} bytes" in text
+
+
 @pytest.mark.parametrize("message", SAID.values(), ids=lambda message: type(message).__name__)
 def test_nothing_is_said_before_the_greetings(message: Message) -> None:
     with pytest.raises(RemoteError, match="before the greetings"):
