@@ -10,17 +10,15 @@ import asyncio
 import contextlib
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
 
 import msgspec
 
 from migrate.agent.departure import NOT_QUIET, Departure, Departures
-from migrate.agent.errors import to_problem
-from migrate.agent.logging import get_logger
+from migrate.agent.reports import Reporter, stayed
 from migrate.agent.steering import address_of, check_words
 from migrate.agent.v1 import migration_pb2, types_pb2
 from migrate.errors import Error, HostError, NotFound, Refused, UsageError
@@ -40,14 +38,10 @@ BATCH_BYTES = 4 << 20  # of their queues
 WINDOW = 3  # batches under way
 PATIENCE = 30.0  # seconds until a batch that is not decided is reported as in doubt
 
-PLAN = 1000  # connections in one plan of a dry run
-
 # Microseconds, measured between two agents on one machine of two cores: for a batch, a connection, a byte.
 FROZEN_BATCH, FROZEN_EACH, FROZEN_BYTE = 4000, 80, 0.01
 
 _PASSING = {TcpState.TIME_WAIT, TcpState.SYN_RECEIVED}
-
-_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,33 +54,16 @@ class Wish:
     when_quiet: float | None = None
 
 
-@dataclass
-class _Totals:
-    done: int = 0
-    stayed: int = 0
-    gone: int = 0
-    in_doubt: int = 0
-    bytes: int = 0
-    frozen_us: list[int] = field(default_factory=list)
-
-
-Outcomes = Mapping[FourTuple, tuple[int, Error | None]]
-Report = Callable[[migration_pb2.MoveReport], None]
-
-
 class Move:
     """``report`` is called in the event loop with everything there is to say."""
 
-    def __init__(self, departures: Departures, wish: Wish, report: Report) -> None:
+    def __init__(self, departures: Departures, wish: Wish, report: Callable[[migration_pb2.MoveReport], None]) -> None:
         """Raises UsageError for words that are no steering."""
         check_words(wish.steer)
         self.id = os.urandom(8).hex()
         self._departures = departures
         self._wish = wish
-        self._report = report
-        self._totals = _Totals()
-        self._selected = 0
-        self._began = time.monotonic_ns()
+        self._reporter = Reporter(self.id, report)
         self._aborted = False
         self._loop = asyncio.get_running_loop()
         self._takers = Takers()
@@ -116,44 +93,31 @@ class Move:
     async def ended(self) -> tuple[int, int]:
         """Wait for the end: how many stayed, how many moved."""
         await self._over.wait()
-        return self._totals.stayed, self._totals.done
+        return self._reporter.stayed, self._reporter.done
 
     async def dry_run(self) -> None:
         """Only say what would move."""
         try:
             movable, refused = await self.plan()
         except Error as error:
-            self._summary(error)
+            self._reporter.summary(error)
             return
-        selected = len(movable) + len(refused)
         expected: dict[FourTuple, tuple[int, Error | None]] = {
             each: (types_pb2.OUTCOME_STAYED, why) for each, why in refused.items()
         }
         expected |= {each.connection.four_tuple: (types_pb2.OUTCOME_DONE, None) for each in movable}
-        for part in _parts(expected):
-            self._say(
-                plan=migration_pb2.Plan(
-                    move_id=self.id,
-                    selected=selected,
-                    movable=len(movable),
-                    expected=_results(part, 0),
-                    destination=self._wish.destinations[0],
-                    expected_frozen_us=_expected_frozen(movable),
-                )
-            )
-        self._selected = selected
-        self._summary(None)
+        self._reporter.expect(expected, self._wish.destinations[0], _expected_frozen(movable))
+        self._reporter.summary()
 
     async def run(self) -> migration_pb2.Summary:
         """The whole move; never raises Error, but reports it."""
         problem: Error | None = None
         try:
             movable, refused = await self.plan()
-            self._selected = len(movable) + len(refused)
-            self._say(plan=migration_pb2.Plan(move_id=self.id, selected=self._selected, movable=len(movable)))
-            if not self._selected and not self._wish.selector.empty:
+            self._reporter.plan(len(movable) + len(refused), len(movable))
+            if not (movable or refused) and not self._wish.selector.empty:
                 raise NotFound("no connection here matches", hint="tcpmig list shows them")
-            self._result("", b"", {each: (types_pb2.OUTCOME_STAYED, why) for each, why in refused.items()}, 0)
+            self._reporter.result({each: (types_pb2.OUTCOME_STAYED, why) for each, why in refused.items()})
             left = movable
             for destination in self._wish.destinations:
                 left = await self._to(destination, left, last=destination == self._wish.destinations[-1])
@@ -162,7 +126,7 @@ class Move:
         finally:
             self._takers.close()
             self._over.set()
-        return self._summary(problem)
+        return self._reporter.summary(problem)
 
     async def _to(self, destination: str, found: Sequence[Found], *, last: bool) -> list[Found]:
         """Move these there; those that stayed, unless it is the last destination, may be tried elsewhere."""
@@ -195,7 +159,7 @@ class Move:
                         self._leave(retry, Refused("it was never quiet", hint="give --when-quiet more seconds"))
                     else:
                         again += retry
-                    self._progress()
+                    self._reporter.progress(sum(len(each.machine.connections) for each in self._under_way))
         return again
 
     async def _batch(
@@ -299,107 +263,17 @@ class Move:
             else:
                 results[connection.four_tuple] = types_pb2.OUTCOME_STAYED, Refused(self._because(why, destination))
         frozen = (batch.active_at - batch.frozen_at) // 1000 if outcome == "moved" else 0
-        self._totals.bytes += batch.record_bytes
-        timings = [
-            types_pb2.PhaseTiming(
-                phase=types_pb2.Phase.Value(f"PHASE_{phase.upper()}"),
-                side=types_pb2.SIDE_SOURCE,
-                start_ns=start,
-                duration_ns=length,
-            )
-            for phase, start, length in batch.phases
-        ]
-        self._result(destination, batch.machine.batch, results, frozen, timings)
+        self._reporter.bytes += batch.record_bytes
+        self._reporter.result(
+            results, destination=destination, batch=batch.machine.batch, frozen_us=frozen, phases=batch.phases
+        )
         return again
 
     def _because(self, why: str, destination: str) -> str:
         return why or f"agent {destination} did not take it"
 
     def _leave(self, found: Sequence[Found], why: Error) -> None:
-        self._result("", b"", {each.connection.four_tuple: (types_pb2.OUTCOME_STAYED, why) for each in found}, 0)
-
-    def _result(
-        self,
-        destination: str,
-        batch: bytes,
-        outcomes: Outcomes,
-        frozen_us: int,
-        timings: Sequence[types_pb2.PhaseTiming] = (),
-    ) -> None:
-        if not outcomes:
-            return
-        totals = self._totals
-        counts: Counter[int] = Counter(outcome for outcome, _ in outcomes.values())
-        totals.done += counts[types_pb2.OUTCOME_DONE]
-        totals.stayed += counts[types_pb2.OUTCOME_STAYED]
-        totals.gone += counts[types_pb2.OUTCOME_GONE]
-        totals.in_doubt += counts[types_pb2.OUTCOME_IN_DOUBT]
-        results = _results(outcomes, frozen_us)
-        results.timings.extend(timings)
-        totals.frozen_us += [each for each in results.frozen_us if each]
-        self._say(
-            batch=migration_pb2.BatchResult(
-                move_id=self.id, batch=batch.hex(), destination=destination, results=results
-            )
-        )
-
-    def _progress(self) -> None:
-        totals = self._totals
-        self._say(
-            progress=migration_pb2.Progress(
-                move_id=self.id,
-                selected=self._selected,
-                done=totals.done,
-                failed=totals.stayed + totals.gone + totals.in_doubt,
-                in_flight=sum(len(batch.machine.connections) for batch in self._under_way),
-                bytes=totals.bytes,
-                elapsed_ns=time.monotonic_ns() - self._began,
-            )
-        )
-
-    def _summary(self, problem: Error | None) -> migration_pb2.Summary:
-        totals = self._totals
-        frozen = sorted(totals.frozen_us) or [0]
-        summary = migration_pb2.Summary(
-            move_id=self.id,
-            selected=self._selected,
-            done=totals.done,
-            stayed=totals.stayed,
-            gone=totals.gone,
-            in_doubt=totals.in_doubt,
-            bytes=totals.bytes,
-            elapsed_ns=time.monotonic_ns() - self._began,
-            frozen_p50_us=frozen[len(frozen) // 2],
-            frozen_p99_us=frozen[min(len(frozen) - 1, len(frozen) * 99 // 100)],
-            frozen_max_us=frozen[-1],
-            problem=None if problem is None else to_problem(problem),
-        )
-        self._say(summary=summary)
-        return summary
-
-    def _say(self, **kind: object) -> None:
-        self._report(migration_pb2.MoveReport(**kind))  # type: ignore[arg-type]
-
-
-def _results(outcomes: Outcomes, frozen_us: int) -> types_pb2.Results:
-    failures: dict[str, types_pb2.Failure] = {}
-    for position, (_, why) in enumerate(outcomes.values()):
-        if why is not None:
-            failure = failures.setdefault(str(why), types_pb2.Failure(problem=to_problem(why)))
-            failure.positions.append(position)
-    return types_pb2.Results(
-        connections=[str(each) for each in outcomes],
-        outcomes=[cast(Any, outcome) for outcome, _ in outcomes.values()],
-        frozen_us=[frozen_us if outcome == types_pb2.OUTCOME_DONE else 0 for outcome, _ in outcomes.values()],
-        failures=list(failures.values()),
-    )
-
-
-def _parts(outcomes: Outcomes) -> Iterator[Outcomes]:
-    """A long list in several plans; an empty one in one."""
-    items = list(outcomes.items())
-    for start in range(0, max(1, len(items)), PLAN):
-        yield dict(items[start : start + PLAN])
+        self._reporter.result(stayed([each.connection.four_tuple for each in found], why))
 
 
 def _expected_frozen(found: Sequence[Found]) -> int:
