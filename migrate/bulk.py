@@ -19,13 +19,14 @@ from migrate.errors import Error
 from migrate.fourtuple import MAPPED
 from migrate.ici import Ici
 from migrate.kernel import options
-from migrate.kernel.snapshot import Numbers, Snapshot
+from migrate.kernel.snapshot import Snapshot
 from migrate.restore import Defaults, Restored, restore_with
 
 __all__ = ["dump_many", "prepare", "restore_many"]
 
 _FEW = 8  # connections for which getting ready is not worth its time
-_WRITE_SEQ, _SND_NXT = Numbers._fields.index("write_seq"), Numbers._fields.index("snd_nxt")
+_AT_ONCE = 64  # connections of which all that was read stays in the processor's caches until it is a record
+_INET, _INET6, _TCP = int(socket.AF_INET), int(socket.AF_INET6), int(socket.IPPROTO_TCP)
 _PORT = struct.Struct("!H").unpack
 
 
@@ -68,16 +69,32 @@ def prepare() -> bool:
 def dump_many(socks: Sequence[socket.socket]) -> list[Ici | Error]:
     """Of each socket the record, and the socket frozen as `checkpoint.dump` leaves it; or why not, and it is as before.
 
-    Hold the connections first: snapshots take no lock. Raises KernelError, and then nothing was touched.
+    Hold the connections first: snapshots take no lock.
     """
-    if _bulk.snapshot is None and (len(socks) < _FEW or not _bulk.prepare()):
-        return [_one(sock) for sock in socks]
-    assert _bulk.snapshot is not None
+    results: list[Ici | Error] = []
+    for start in range(0, len(socks), _AT_ONCE):
+        some = socks[start : start + _AT_ONCE]
+        if _bulk.snapshot or (len(socks) >= _FEW and _bulk.prepare()):
+            results += _dump_some(some)
+        else:
+            results += [_one(sock) for sock in some]
+    return results
+
+
+def _dump_some(socks: Sequence[socket.socket]) -> list[Ici | Error]:
+    assert _bulk.snapshot
     snapshot, descriptors = _bulk.snapshot, [sock.fileno() for sock in socks]
-    before = snapshot.take_many(descriptors)
+    try:
+        before = snapshot.glance_many(descriptors)
+        good = [
+            place
+            for place, (state, protocol, ulp, *_) in enumerate(before)
+            if protocol == _TCP and not ulp and state in checkpoint.MOVABLE
+        ]
+        found = dict(zip(good, options.read_many([socks[place] for place in good]), strict=True))
+    except (Error, OSError):  # nothing was touched: each says for itself what is wrong with it
+        return [_one(sock) for sock in socks]
     results: list[Ici | Error | None] = [None] * len(socks)
-    good = [place for place, numbers in enumerate(before) if _movable(numbers)]
-    found = dict(zip(good, options.read_many([socks[place] for place in good]), strict=True))
     frozen: list[int] = []
     for place in good:
         try:
@@ -89,7 +106,8 @@ def dump_many(socks: Sequence[socket.socket]) -> list[Ici | Error]:
     now, clock = time.time_ns(), time.monotonic_ns()
     for place, numbers in zip(frozen, after, strict=True):
         try:
-            notsent = before[place][_WRITE_SEQ] - before[place][_SND_NXT] & 0xFFFFFFFF
+            *_, write_seq, snd_nxt = before[place]
+            notsent = write_seq - snd_nxt & 0xFFFFFFFF
             results[place] = _record(snapshot, socks[place], numbers, notsent, found[place], now=now, clock=clock)
         except (Error, OSError) as error:
             checkpoint.leave(socks[place], found[place])
@@ -116,11 +134,6 @@ def _one(sock: socket.socket) -> Ici | Error:
         return checkpoint.dump(sock)
     except Error as error:
         return error
-
-
-def _movable(numbers: Sequence[Any]) -> bool:
-    _family, state, protocol, upper_layer, *_ = numbers
-    return protocol == socket.IPPROTO_TCP and not upper_layer and state in checkpoint.MOVABLE
 
 
 def _record(
@@ -150,10 +163,10 @@ def _record(
         rcv_nxt, received = checkpoint.receive_queue(sock)
     if found:
         checkpoint.leave_out_what_comes_by_itself(found, advmss, rcvbuf)
-    if family == socket.AF_INET6 and not local6.startswith(MAPPED):
+    if family == _INET6 and not local6.startswith(MAPPED):
         local, remote = local6, remote6
     return Ici(
-        4 if family == socket.AF_INET else 6,
+        4 if family == _INET else 6,
         local,
         local_port,
         remote,
