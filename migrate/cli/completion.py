@@ -7,7 +7,14 @@ import argparse
 from migrate.cli.output import Output
 from migrate.errors import HostError
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "completes_files", "run"]
+
+_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # shtab.FILE, which need not be loaded
+
+
+def completes_files(argument: argparse.Action) -> None:
+    """The shell completes this argument with names of files."""
+    argument.complete = _FILES  # type: ignore[attr-defined]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +29,6 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     try:
         import shtab
     except ImportError:
-        raise HostError("completion scripts need the package shtab", hint="pip install 'tcpmig[completion]'") from None
+        raise HostError("completion scripts need the package shtab", hint="pip install shtab") from None
     print(shtab.complete(build_parser(), shell=arguments.shell), file=output.stdout)
     return 0

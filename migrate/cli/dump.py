@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from migrate import quarantine, quiet
 from migrate.checkpoint import check, dump, obstacle, release, thaw
 from migrate.cli import handshakes, holds, sealing, selector
+from migrate.cli.completion import completes_files
 from migrate.cli.epochs import memory
 from migrate.cli.guard import Guard
 from migrate.cli.main import PARTIAL
@@ -33,7 +34,11 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Selectors, where to, and how."""
     selector.add_arguments(parser)
-    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="file to make (0600), or - for stdout")
+    completes_files(
+        parser.add_argument(
+            "-o", "--output", metavar="FILE", required=True, help="file to make (0600), or - for stdout"
+        )
+    )
     parser.add_argument("--steer", metavar="vip:DEV", help="then take the connections' addresses from that device")
     parser.add_argument("--leave-running", action="store_true", help="copy the connection and let it run on")
     parser.add_argument(

@@ -18,6 +18,7 @@ from migrate.adopt.relay import RelayAdopter
 from migrate.adopt.spawner import Gate, Spawner
 from migrate.adopt.unix import UnixAdopter
 from migrate.cli import holds, sealing
+from migrate.cli.completion import completes_files
 from migrate.cli.epochs import Epochs, memory
 from migrate.cli.guard import Guard
 from migrate.cli.main import PARTIAL
@@ -41,7 +42,7 @@ Failures = list[tuple[Ici, Error]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A file and the owner."""
-    parser.add_argument("file", metavar="FILE", help="a file of records, or - for standard input")
+    completes_files(parser.add_argument("file", metavar="FILE", help="a file of records, or - for standard input"))
     parser.add_argument(
         "--systemd", action="store_true", help="hand all connections to one CMD, from descriptor 3 on (LISTEN_FDS)"
     )

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import msgspec
 
 from migrate.cli import sealing
+from migrate.cli.completion import completes_files
 from migrate.cli.output import Output, bytes_text
 from migrate.errors import NotFound, PrivilegeError, RecordError, from_oserror
 from migrate.ici import FIELDS, Field, Ici
@@ -27,7 +28,7 @@ _QUEUES = ("sent", "unsent", "received")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A file, and whether user data may be shown."""
-    parser.add_argument("file", metavar="FILE", help="a file of records, or - for standard input")
+    completes_files(parser.add_argument("file", metavar="FILE", help="a file of records, or - for standard input"))
     parser.add_argument("--queues", action="store_true", help="also print the queues' contents: they are user data")
     sealing.add_arguments(parser)
 
