@@ -159,6 +159,7 @@ class _Spawning:
         data, ancillary, _, _ = self._control.recvmsg(_LONGEST, space, socket.MSG_CMSG_CLOEXEC)
         if not data:
             self._forget(self._control.detach())
+            _leave_streams()
             return
         descriptors = array.array("i")
         for _, _, rights in ancillary:
@@ -200,6 +201,14 @@ class _Spawning:
                 self._watch(descriptor, select.EPOLLRDHUP, lambda mine=descriptor: self._forget(mine))  # type: ignore[misc]
             else:
                 os.close(descriptor)
+
+
+def _leave_streams() -> None:
+    """Whoever reads what the parent wrote need not wait for what is kept here."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.close(null)
 
 
 def _silent(descriptor: int) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 from migrate import quarantine, quiet
-from migrate.checkpoint import check, dump, obstacle, release, thaw
+from migrate.checkpoint import check, dump, release, thaw
 from migrate.cli import handshakes, holds, sealing, selector
 from migrate.cli.completion import completes_files
 from migrate.cli.epochs import memory
@@ -24,6 +24,7 @@ from migrate.hold import Hold
 from migrate.ici import FourTuple, Ici
 from migrate.kernel import pidfd, sockopt
 from migrate.kernel.priority import undisturbed
+from migrate.obstacle import obstacle
 from migrate.sealed import Key
 from migrate.tcpstate import TcpState
 from migrate.unconnected import frozen_listener

@@ -237,7 +237,7 @@ def test_files(scene: Scene, damage: Callable[[bytes], bytes], said: str) -> Non
     bad.write_bytes(damage(data))
     body = len(data) - 16
     said = said.format(short=body - 1, body=body, end=len(data) - 1, minor=data[5], size=len(data))
-    for words in (["restore", bad, "--netns", scene.b.netns, "--", "cat"], ["show", "--json", bad]):
+    for words in (["restore", str(bad), "--netns", scene.b.netns, "--", "cat"], ["show", "--json", str(bad)]):
         done = scene.killer.run(*words)
         assert (done.code, done.stderr.rstrip("\n").removeprefix(f"tcpmig: {str(bad)!r}").lstrip(" ")) == (
             0 if said.startswith("holds") and words[0] == "show" else 1,
@@ -272,7 +272,7 @@ def test_without_privileges(scene: Scene) -> None:
     assert done.returncode in (1, 4) and "no process has it open" in done.stderr, done.stderr
     child = scene.a.popen([*nothing, "sleep", "60"], stdin=scene.server, stdout=subprocess.DEVNULL)
     try:
-        own = ["dump", "--pid", str(child.pid), "--fd", "0", "-o", scene.file]
+        own = ["dump", "--pid", str(child.pid), "--fd", "0", "-o", str(scene.file)]
         done = tcpmig(["ip", "netns", "exec", scene.a.netns, *nothing], *own)
         assert done.returncode == 4, done.stderr
         assert done.stderr.splitlines()[-1] == "  hint: needs CAP_NET_ADMIN; run as root, or inside `unshare -Urn`"
@@ -333,7 +333,7 @@ def test_a_connection_that_ends_while_it_is_waited_for(scene: Scene) -> None:
     client.sendall(b"unread")
     with server:
         name = str(FourTuple.parse("{}:{},{}:{}".format(*server.getsockname(), *server.getpeername())))
-        words = ["dump", name, "-o", scene.file, "--netns", scene.a.netns, "--when-quiet", "1"]
+        words = ["dump", name, "-o", str(scene.file), "--netns", scene.a.netns, "--when-quiet", "1"]
         command = [sys.executable, "-m", "migrate.cli", *words]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             with scene.a.entered():

@@ -40,7 +40,7 @@ class Scene:
         return self.killer.run("dump", name, "-o", file, "--netns", self.a.netns, "--hold", "20", *more, at=at)
 
     def restore(self, file: Path, at: int | None = None) -> Run:
-        words = ["restore", file, "--netns", self.a.netns, "--detach", "--hold", "20", "--", "cat"]
+        words: list[str | Path] = ["restore", file, "--netns", self.a.netns, "--detach", "--hold", "20", "--", "cat"]
         return self.killer.run(*words, at=at)
 
     def no_rst(self, name: str) -> None:
