@@ -155,12 +155,13 @@ def _record(
     ) = numbers  # fmt: skip
     timestamps, sack, snd_wscale, rcv_wscale, ecn = snapshot.negotiated(bits)
     sent = unsent = received = b""
+    urgent = -1
     if wmem_queued and write_seq != snd_una:
         # As in checkpoint: what left since the hold stands met the hold and not the peer.
         notsent = max(write_seq - snd_nxt & 0xFFFFFFFF, notsent)
         sent, unsent = checkpoint.send_queue(sock, state, write_seq - snd_una & 0xFFFFFFFF, notsent)
     if rmem_alloc and rcv_nxt != copied_seq:
-        rcv_nxt, received = checkpoint.receive_queue(sock)
+        rcv_nxt, urgent, received = checkpoint.receive_queue(sock)
     if found:
         checkpoint.leave_out_what_comes_by_itself(found, advmss, rcvbuf)
     if family == _INET6 and not local6.startswith(MAPPED):
@@ -195,7 +196,7 @@ def _record(
         b"",
         0,
         found,
-        -1,
+        urgent,
         b"",
         checkpoint.HOST,
         now,

@@ -129,13 +129,13 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
     state, bits, wscales, mss, rtt, rttvar, ssthresh, cwnd, advmss, notsent = _facts(info)
     write_seq, rcv_nxt = sockopt.queue_ends(sock)
     rmem_alloc, rcvbuf, wmem_queued = sockopt.meminfo(sock)
-    snd_una, sent, unsent, received = write_seq, b"", b"", b""
+    snd_una, sent, unsent, urgent, received = write_seq, b"", b"", -1, b""
     if wmem_queued:
         notsent, outstanding = max(notsent, sockopt.unsent_length(sock)), sockopt.outstanding_length(sock)
         snd_una = (write_seq - outstanding) & 0xFFFFFFFF
         sent, unsent = send_queue(sock, state, outstanding, notsent)
     if rmem_alloc:
-        rcv_nxt, received = receive_queue(sock)
+        rcv_nxt, urgent, received = receive_queue(sock)
     snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup = sockopt.window(sock)
     timestamps = ts_value = 0
     if bits & _TIMESTAMPS:
@@ -178,7 +178,7 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
         b"",  # id and epoch are given by whoever moves the connection
         0,
         found,
-        -1,
+        urgent,
         b"",
         HOST,
         time.time_ns(),
@@ -252,20 +252,37 @@ def send_queue(sock: socket.socket, state: int, outstanding: int, notsent: int) 
     return (queue, b"") if boundary >= len(queue) else (queue[:boundary], queue[boundary:])
 
 
-def receive_queue(sock: socket.socket) -> tuple[int, bytes]:
-    """(rcv_nxt, what is unread), from its beginning whatever SO_PEEK_OFF the application set."""
+def receive_queue(sock: socket.socket) -> tuple[int, int, bytes]:
+    """(rcv_nxt, where the urgent byte is or -1, what is unread), from the beginning whatever SO_PEEK_OFF says."""
     sockopt.select_queue(sock, uapi.TCP_RECV_QUEUE)
     rcv_nxt = sockopt.queue_end(sock)
-    offset = sock.getsockopt(socket.SOL_SOCKET, uapi.SO_PEEK_OFF)
-    if offset >= 0:
-        sock.setsockopt(socket.SOL_SOCKET, uapi.SO_PEEK_OFF, -1)
-    try:
-        data = _peek(sock, sockopt.received_length(sock), "receive")
-    finally:
-        if offset >= 0:
-            sock.setsockopt(socket.SOL_SOCKET, uapi.SO_PEEK_OFF, offset)
+    with _whole(sock):
+        length, urgent = sockopt.received_length(sock), 0 if sockopt.at_mark(sock) else -1
+        data = sockopt.peek(sock, length + 1) if length else b""
+        if 0 < len(data) < length:  # what is read ends before the mark
+            urgent = len(data)
+            sock.setsockopt(socket.SOL_SOCKET, uapi.SO_PEEK_OFF, urgent)
+            data += sockopt.peek(sock, length - urgent + 1)
+        _require_length(data, length, "receive")
     sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
-    return rcv_nxt, data
+    return rcv_nxt, urgent, data
+
+
+@contextmanager
+def _whole(sock: socket.socket) -> Iterator[None]:
+    """Meanwhile the queue is read from its beginning, and past the urgent byte, which is a byte like others."""
+    get, put = sock.getsockopt, sock.setsockopt
+    offset, inline = get(socket.SOL_SOCKET, uapi.SO_PEEK_OFF), get(socket.SOL_SOCKET, socket.SO_OOBINLINE)
+    if offset >= 0:
+        put(socket.SOL_SOCKET, uapi.SO_PEEK_OFF, -1)
+    if not inline:
+        put(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    try:
+        yield
+    finally:
+        put(socket.SOL_SOCKET, uapi.SO_PEEK_OFF, offset)
+        if not inline:
+            put(socket.SOL_SOCKET, socket.SO_OOBINLINE, 0)
 
 
 def _peek(sock: socket.socket, length: int, which: str) -> bytes:
@@ -273,9 +290,13 @@ def _peek(sock: socket.socket, length: int, which: str) -> bytes:
     if length <= 0:
         return b""
     data = sockopt.peek(sock, length + 1)
+    _require_length(data, length, which)
+    return data
+
+
+def _require_length(data: bytes, length: int, which: str) -> None:
     if len(data) != length:
         raise Refused(f"its {which} queue changed while it was read", hint="hold the connection first, or try again")
-    return data
 
 
 @functools.lru_cache(maxsize=4096)

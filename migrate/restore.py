@@ -20,6 +20,7 @@ that nobody writes to the socket.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import socket
@@ -148,8 +149,11 @@ def _rebuild(sock: Restored, ici: Ici, defaults: Defaults) -> None:
     )
     if timestamps:
         sockopt.set_timestamp(sock, ici.ts_value & ~1 | (timestamps == 2))
-    if ici.received:
-        _fill(sock, ici.received, _RECEIVE)  # that queue is still selected
+    if ici.received:  # that queue is still selected
+        if ici.urgent >= 0:
+            _fill_urgent(sock, ici)
+        else:
+            _fill(sock, ici.received, _RECEIVE)
     if ici.sent:
         sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
         _fill(sock, ici.sent, _SEND)
@@ -212,7 +216,6 @@ def _take_steps(sock: socket.socket, ici: Ici, steps: tuple[Step, ...]) -> None:
     arrived = (
         ici.rcv_nxt - plan.received_fin
     ) & 0xFFFFFFFF  # the sequence number that the peer's FIN has or would have
-    window = min(ici.snd_wnd >> max(ici.snd_wscale, 0), 0xFFFF)
     with contextlib.ExitStack() as opened:
         injector: segment.Injector | None = None
         for step in steps:
@@ -222,12 +225,15 @@ def _take_steps(sock: socket.socket, ici: Ici, steps: tuple[Step, ...]) -> None:
                     sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)  # so that the FIN counts as sent, and is not
                 sock.shutdown(socket.SHUT_WR)
                 continue
-            injector = injector or opened.enter_context(segment.Injector(MARK))
-            flags = segment.ACK | segment.FIN if step is Step.INJECT_FIN else segment.ACK
+            bare = segment.Segment(ici.four_tuple, seq=arrived, ack=ici.snd_una, flags=segment.ACK, window=_window(ici))
+            if injector is None:
+                injector = opened.enter_context(segment.Injector(MARK))
+                injector.inject(bare.build())  # a connection tracker takes up what begins with this, but not with a FIN
             # Without a timestamp: a made-up one would be remembered and the peer's next, if older, refused.
-            injector.inject(
-                segment.Segment(ici.four_tuple, seq=arrived, ack=ici.snd_una, flags=flags, window=window).build()
-            )
+            if step is Step.INJECT_FIN:
+                injector.inject(dataclasses.replace(bare, flags=segment.ACK | segment.FIN).build())
+            else:
+                injector.inject(bare.build())
             _await_change(sock, before)
     # TIME_WAIT goes on without the socket.
     if sockopt.state(sock) != (TcpState.CLOSED if plan.way is Way.RECREATE else ici.state):
@@ -318,6 +324,33 @@ def _fill(sock: socket.socket, data: bytes | memoryview, buffer: tuple[int, int]
     if room != size:
         _set_size(sock, buffer, size)
         sock.setsockopt(socket.SOL_SOCKET, uapi.SO_BUF_LOCK, lock)
+
+
+def _fill_urgent(sock: socket.socket, ici: Ici) -> None:
+    """Write the receive queue. Its urgent byte has to arrive, in a segment that says so."""
+    before, at, after = (memoryview(ici.received)[part] for part in _around(ici.urgent))
+    if before:
+        _fill(sock, before, _RECEIVE)
+    seq = (ici.rcv_nxt - _PLANS[ici.state].received_fin - len(after) - 1) & 0xFFFFFFFF
+    arriving = segment.Segment(
+        ici.four_tuple, seq, ici.snd_una, segment.ACK | segment.URG, _window(ici), payload=bytes(at), urgent=1
+    )
+    with segment.Injector(MARK) as injector:
+        injector.inject(arriving.build())
+        limit = time.monotonic() + _INJECTION
+        while sockopt.queue_end(sock) != seq + 1 & 0xFFFFFFFF and time.monotonic() < limit:
+            time.sleep(0)
+    if after:
+        _fill(sock, after, _RECEIVE, before=len(before) + 1)
+
+
+def _around(place: int) -> tuple[slice, slice, slice]:
+    return slice(place), slice(place, place + 1), slice(place + 1, None)
+
+
+def _window(ici: Ici) -> int:
+    """The peer's window as a segment of its says it."""
+    return min(ici.snd_wnd >> max(ici.snd_wscale, 0), 0xFFFF)
 
 
 def _set_size(sock: socket.socket, buffer: tuple[int, int], size: int) -> int:

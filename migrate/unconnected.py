@@ -293,6 +293,8 @@ def _rebuild_ended(sock: socket.socket, ici: Ici) -> list[str]:
             segment = Segment(ici.four_tuple, seq & 0xFFFFFFFF, ack & 0xFFFFFFFF, flags, _WINDOW)
             _inject(injector, sock, segment, leads_to)
 
+        # A connection tracker takes up what begins with this, but not with a FIN or RST.
+        arrives(ACK, end, ici.snd_una - fin, TcpState.ESTABLISHED)
         if not fin:
             arrives(RST, end, 0, TcpState.CLOSED)
         elif ici.time_left:

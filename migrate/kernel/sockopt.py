@@ -25,6 +25,7 @@ from fcntl import ioctl
 from migrate.kernel import uapi
 
 __all__ = [
+    "at_mark",
     "begin_queues",
     "congestion",
     "disconnect",
@@ -152,6 +153,11 @@ def received_length(sock: socket.socket) -> int:
     """SIOCINQ: bytes received in order and not read."""
     length: int = _INT.unpack(ioctl(sock.fileno(), uapi.SIOCINQ, _FOUR))[0]
     return length
+
+
+def at_mark(sock: socket.socket) -> bool:
+    """SIOCATMARK: the next byte to be read is the urgent one."""
+    return _INT.unpack(ioctl(sock.fileno(), uapi.SIOCATMARK, _FOUR))[0] != 0
 
 
 def outstanding_length(sock: socket.socket) -> int:

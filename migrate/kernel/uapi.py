@@ -43,6 +43,7 @@ IPV6_TRANSPARENT = 75
 
 # include/uapi/linux/sockios.h: ioctls on a TCP socket, each gives an int
 SIOCINQ = 0x541B
+SIOCATMARK = 0x8905
 SIOCOUTQ = 0x5411
 SIOCOUTQNSD = 0x894B
 
