@@ -25,6 +25,7 @@ class Mover:
     def __init__(self, here: Host, there: Host, address: str) -> None:
         self.here, self.there = here, there
         self.address = address
+        self._half_way = False
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._address = socket.inet_pton(family, address)
         self._stack = contextlib.ExitStack()
@@ -41,7 +42,9 @@ class Mover:
         self._stack.close()
 
     def settle(self) -> None:
-        """After a move that failed half-way: the address is where ``here`` says."""
+        """After a move that failed half-way the address is where ``here`` says."""
+        if not self._half_way:
+            return
         self._vips[self.there.name].withdraw(self._address)
         self._vips[self.here.name].announce(self._address)
 
@@ -51,6 +54,7 @@ class Mover:
         The kernel does not tell its ``name``, the four-tuple, in every state.
         """
         name = name or four_tuple(sock)
+        self._half_way = True
         with (
             migrate.hold([name], netns=self.here.netns) as before,
             migrate.hold([name], netns=self.there.netns) as after,
@@ -63,6 +67,7 @@ class Mover:
             sock.close()
             after.keep(packet for packets in before.take().values() for packet in packets)
             migrate.activate(restored)
+        self._half_way = False
         return restored
 
     def move_address(self) -> None:
