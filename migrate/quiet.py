@@ -26,9 +26,10 @@ from migrate.kernel import sockopt, tcpinfo
 
 __all__ = ["Activity", "observe", "rounds", "verdict"]
 
-SETTLE = 0.012  # seconds without a new byte sent; three ticks at 250 Hz
+SETTLE = 0.012  # seconds without a new byte sent, as far as watched; three ticks at 250 Hz
 PATIENCE = 0.120  # seconds after which an answer is no longer expected
 PAUSE = 0.004  # seconds between two looks
+_ON_TIME = 1.5 * PAUSE  # seconds that one look can add to the time that bytes_sent has stood still
 _STEP = 0.020  # seconds to let everything run between two attempts
 _LONGEST = 0.050  # seconds for which an attempt holds a connection whose owner still owes an answer
 
@@ -62,7 +63,8 @@ def observe(sock: socket.socket) -> Activity:
 def verdict(before: Activity, now: Activity, *, settled: float) -> bool | None:
     """Of a connection that was ``before`` when its arriving segments were first held: is it quiet ``now``?
 
-    ``settled`` is the time in seconds for which bytes_sent has not changed since. None: wait, an answer may come yet.
+    ``settled`` is the time in seconds for which bytes_sent has not changed since, as far as that was watched. None: wait,
+    an answer may come yet.
     """
     if now.unread or now.notsent:
         return None
@@ -80,7 +82,7 @@ def rounds(
     """Within ``seconds``, yield those that became quiet, held on both sides, and whether more may follow.
 
     The caller takes what was yielded before it asks for more. Those not quiet in an attempt are let go (what was kept
-    for them is replayed) and tried again. What ended, or never became quiet, is not yielded and not held at the end.
+    for them is replayed) and tried again. What never became quiet is not yielded and not held at the end.
     """
     waiting = dict(sockets)
     deadline = time.monotonic() + seconds
@@ -136,7 +138,7 @@ class _Watched:
         self._sock = sock
         self._before: Activity | None = None
         self._bytes_sent = -1
-        self._since = 0.0
+        self._settled = self._looked = 0.0
 
     def look(self) -> bool | None:
         """The verdict now; a connection that ended is not quiet."""
@@ -145,7 +147,10 @@ class _Watched:
         except OSError:
             return False
         moment = time.monotonic()
+        # A look that comes late says that the machine is busy; its owner may have waited for a processor as well.
+        self._settled += min(moment - self._looked, _ON_TIME)
+        self._looked = moment
         if now.bytes_sent != self._bytes_sent:
-            self._bytes_sent, self._since = now.bytes_sent, moment
+            self._bytes_sent, self._settled = now.bytes_sent, 0.0
         self._before = self._before or now
-        return verdict(self._before, now, settled=moment - self._since)
+        return verdict(self._before, now, settled=self._settled)
