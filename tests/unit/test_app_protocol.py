@@ -334,6 +334,25 @@ def test_one_that_does_not_read_is_left(tmp_path: Path) -> None:
         answers = there.ask(many, 0.3)
         release.set()
     assert {type(answer) for answer in answers.values()} == {Refused}
+    assert {answer.what for answer in answers.values() if isinstance(answer, Refused)} == {
+        f"the application at {path} does not listen"
+    }
+
+
+def test_one_that_is_late_is_told_that_the_connection_stays(tmp_path: Path) -> None:
+    heard: list[bytes] = []
+
+    def listen(sock: socket.socket) -> None:
+        heard.extend([sock.recv(MAX_MESSAGE), sock.recv(MAX_MESSAGE)])
+        sock.send(piece(False, 9))
+        heard.append(sock.recv(MAX_MESSAGE))
+
+    with application(tmp_path, read, write(GREET), listen) as path, Application(path) as there:
+        assert isinstance(there.ask({FOUR_TUPLE: 5}, 0.2)[FOUR_TUPLE], Refused)
+        until(lambda: len(heard) == 2)
+        another = FourTuple(FOUR_TUPLE.local, 80, FOUR_TUPLE.remote, 4001)
+        assert isinstance(there.ask({another: 5}, 0.2)[another], Refused)
+    assert [msgspec.msgpack.decode(each)[:2] for each in heard] == [[2, 1], [5, 1], [2, 2]]
 
 
 def test_a_stranger_is_refused_by_both(tmp_path: Path) -> None:
@@ -457,6 +476,22 @@ def test_an_asker_that_dies_leaves_the_connection(ours: plain.Application) -> No
         there._socket.close()  # as a killed process: without a word
         until(lambda: kept == [mine.fileno()])
         peer.close()
+
+
+def test_what_an_asker_said_before_it_died_counts(ours: plain.Application) -> None:
+    """It had not read all that it was sent: the application is told of that first (ECONNRESET)."""
+    told: list[str] = []
+    ours.on_let_go = lambda *_: told.append("asked") or b"state"  # type: ignore[func-returns-value]
+    ours.on_kept = lambda *_: told.append("kept")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+        caller.connect(ours.path)
+        caller.send(msgspec.msgpack.encode(Hello()))
+        for _ in range(2):
+            ours.process(0.05)
+        caller.send(msgspec.msgpack.encode(SAID[On.LET_GO]))
+    for _ in range(3):
+        ours.process(0.05)
+    assert told == ["asked", "kept"]
 
 
 def test_what_an_application_raises_comes_out_and_the_connection_stays(ours: plain.Application) -> None:
