@@ -37,8 +37,7 @@ CONFIGURATION = """
 global_defs {{
     router_id {name}
     script_user root
-    vrrp_notify_fifo {directory}/fifo
-    vrrp_notify_fifo_script "{notify}"
+    {fifo}
 }}
 vrrp_script follows {{
     script "{check}"
@@ -49,6 +48,7 @@ vrrp_script follows {{
 }}
 vrrp_instance VI_1 {{
     state BACKUP
+    {words}
     interface {dev}
     virtual_router_id 51
     version 3
@@ -67,11 +67,14 @@ vrrp_instance VI_1 {{
 }}
 """
 
+FIFO = """vrrp_notify_fifo {directory}/fifo
+    vrrp_notify_fifo_script "{notify}" """
+
 
 class Node:
     """One host of the pair: its agent and its keepalived."""
 
-    def __init__(self, net: Lan, agent: Agent, peer: Agent, *, priority: int) -> None:
+    def __init__(self, net: Lan, agent: Agent, peer: Agent, *, priority: int, fifo: bool) -> None:
         self.host = agent.host
         self.agent = agent
         self.address = net.vip4
@@ -85,13 +88,15 @@ class Node:
         self._tcpmig = self.directory / "tcpmig"
         self._tcpmig.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m migrate.cli "$@" >>{self.log} 2>&1\n')
         self._tcpmig.chmod(0o755)
+        notify = " ".join(map(str, [SCRIPTS / "notify", *self.words, "--grace", GRACE]))
+        self._check = [SCRIPTS / "check", net.vip4, agent.socket, self.run_dir]
         self._configuration = self.directory / "keepalived.conf"
         self._configuration.write_text(
             CONFIGURATION.format(
                 name=self.host.name,
-                directory=self.directory,
-                notify=" ".join(map(str, [SCRIPTS / "notify", *self.words, "--grace", GRACE])),
-                check=" ".join(map(str, [SCRIPTS / "check", net.vip4, agent.socket, self.run_dir])),
+                fifo=FIFO.format(directory=self.directory, notify=notify) if fifo else "",
+                words="" if fifo else f'notify "{notify}"',
+                check=" ".join(map(str, self._check)),
                 dev=self.host.dev,
                 priority=priority,
                 ip=self.host.ip4,
@@ -141,12 +146,17 @@ class Node:
         """How many established connections of the address live here."""
         return len(self.host.run(["ss", "-Htn", "state", "established", "src", self.address]).stdout.splitlines())
 
+    def check(self) -> tuple[int, str]:
+        """What the check program gives, and what it says."""
+        done = self.host.run(self._check, check=False)
+        return done.returncode, done.stderr
+
     def failover(self, *words: str) -> Done:
         """The planned switch."""
         return self.agent.tcpmig("failover", *self.words[:4], "--run-dir", str(self.run_dir), *words)
 
     def _followed(self) -> bool:
-        return self.log.exists() and "keepalived: INSTANCE" in self.log.read_text()
+        return self.log.exists() and bool(self.log.read_text())
 
     def said(self) -> str:
         """Everything that helps to see what went wrong."""
@@ -159,11 +169,14 @@ Pair = Callable[..., tuple[Node, Node]]
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    """``pair(net, agent_a, agent_b, priorities=(100, 100))``; the first has the address."""
+    """``pair(net, agent_a, agent_b, priorities=(100, 100), fifo=True)``; the first has the address."""
     with contextlib.ExitStack() as started:
 
-        def start(net: Lan, a: Agent, b: Agent, *, priorities: Sequence[int] = (100, 100)) -> tuple[Node, Node]:
-            nodes = Node(net, a, b, priority=priorities[0]), Node(net, b, a, priority=priorities[1])
+        def start(
+            net: Lan, a: Agent, b: Agent, *, priorities: Sequence[int] = (100, 100), fifo: bool = True
+        ) -> tuple[Node, Node]:
+            first, second = priorities
+            nodes = Node(net, a, b, priority=first, fifo=fifo), Node(net, b, a, priority=second, fifo=fifo)
             for node in nodes:
                 started.callback(node.stop)
                 node.start()

@@ -46,6 +46,7 @@ class Floating:
         self._selector = Selector(local=(self._address, None), states=frozenset(TcpState) - _PASSING)
         self._word = run_dir / f"{address}.yield"
         self._locks = run_dir / address
+        self._told = run_dir / f"{address}.told"
         try:
             run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         except OSError as error:
@@ -77,6 +78,17 @@ class Floating:
     def stay(self) -> None:
         """Take that back."""
         self._word.unlink(missing_ok=True)
+
+    def tell(self) -> None:
+        """Something happened to the address: whoever waits for it to come to rest begins anew."""
+        self._told.touch()
+
+    def told(self) -> int:
+        """Changes with each `tell`, of any process."""
+        try:
+            return self._told.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def left(self) -> int:
         """How many connections of the address live in processes here."""

@@ -23,6 +23,7 @@ __all__ = ["Follower", "follow"]
 TICK = 0.2  # seconds between two looks while something is going on
 IDLE = 2.0  # and else, in case a notification was lost
 SETTLE = 2.0  # seconds without a connection here until all are taken to have left
+ENDING = 10.0  # seconds after SIGTERM in which the address may leave, and what follows it
 _STATES = ("MASTER", "BACKUP", "FAULT", "STOP")
 
 
@@ -34,7 +35,7 @@ class Follower:
         self._output = output
         self._here = before
         self._grace = grace
-        self._since = time.monotonic()
+        self._since, self._told = time.monotonic(), floating.told()
         self.busy = True  # something is still to be done, or to be waited for
 
     def step(self) -> None:
@@ -52,6 +53,9 @@ class Follower:
             self._here, self._since, self.busy = here, time.monotonic(), True
             self._output.say(f"{floating.text} {'has come' if here else 'has left'}")
             floating.stay()
+        # The address may have left and come back between two looks.
+        if self._told != (told := floating.told()):
+            self._told, self._since, self.busy = told, time.monotonic(), True
         if not self.busy:
             return
         if not here and floating.left():
@@ -64,33 +68,45 @@ class Follower:
 
 def follow(floating: Floating, words: list[str], output: Output, *, grace: float) -> int:
     """Follow a FIFO of keepalived's until SIGTERM, or one notification until nothing is left to do."""
-    if len(words) == 1:
-        _follow_fifo(floating, words[0], output, grace)
-        return 0
-    if len(words) != 4 or words[2] not in _STATES:
-        raise UsageError(
-            f"{' '.join(words)!r} is nothing that keepalived says",
-            hint="--follow FIFO, or --follow INSTANCE NAME MASTER|BACKUP|FAULT|STOP PRIORITY",
-        )
-    with floating.followed():
-        follower = Follower(floating, output, before=words[2] != "MASTER", grace=grace)
-        while follower.busy:
-            follower.step()
-            time.sleep(TICK)
+    with _terminated() as ended:
+        if len(words) == 1:
+            with _opened(words[0]) as fifo:
+                follower = Follower(floating, output, before=floating.here(), grace=grace)
+                _follow_fifo(floating, follower, fifo, ended, output)
+        elif len(words) == 4 and words[2] in _STATES:
+            floating.tell()
+            with floating.followed():
+                follower = Follower(floating, output, before=words[2] != "MASTER", grace=grace)
+                while follower.busy and not _readable([ended], TICK):
+                    follower.step()
+        else:
+            raise UsageError(
+                f"{' '.join(words)!r} is nothing that keepalived says",
+                hint="--follow FIFO, or --follow INSTANCE NAME MASTER|BACKUP|FAULT|STOP PRIORITY",
+            )
+        if not _readable([ended], 0):
+            return 0
+    # keepalived ends its programs before it takes its addresses away.
+    deadline = time.monotonic() + ENDING
+    while (follower.busy or floating.here()) and time.monotonic() < deadline:
+        follower.step()
+        time.sleep(TICK)
     return 0
 
 
-def _follow_fifo(floating: Floating, path: str, output: Output, grace: float) -> None:
-    with _signals() as ended, _opened(path) as fifo:
-        follower = Follower(floating, output, before=floating.here(), grace=grace)
-        while True:
-            follower.step()
-            ready, _, _ = select.select([fifo, ended], [], [], TICK if follower.busy else IDLE)
-            if fifo in ready:
-                output.say(f"keepalived: {os.read(fifo, 65536).decode(errors='replace').strip()}")
-            if ended in ready:
-                follower.step()
-                return
+def _follow_fifo(floating: Floating, follower: Follower, fifo: int, ended: int, output: Output) -> None:
+    while True:
+        follower.step()
+        ready = _readable([fifo, ended], TICK if follower.busy else IDLE)
+        if fifo in ready:
+            floating.tell()
+            output.say(f"keepalived: {os.read(fifo, 65536).decode(errors='replace').strip()}")
+        if ended in ready:
+            return
+
+
+def _readable(descriptors: list[int], seconds: float) -> list[int]:
+    return select.select(descriptors, [], [], seconds)[0]
 
 
 @contextlib.contextmanager
@@ -107,13 +123,13 @@ def _opened(path: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[int]:
-    """A descriptor that is readable once SIGTERM has come."""
+def _terminated() -> Iterator[int]:
+    """A descriptor that is readable once SIGTERM has come; afterwards SIGTERM is ignored."""
     reads, writes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    before = signal.signal(signal.SIGTERM, lambda *_: os.write(writes, b"t"))
+    signal.signal(signal.SIGTERM, lambda *_: os.write(writes, b"t"))
     try:
         yield reads
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.close(reads)
         os.close(writes)

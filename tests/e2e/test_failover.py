@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from migrate.cli.main import main
 from tests.crowd import ADOPTED, SERVE, Crowd
 from tests.fix_agents import Agents
 from tests.fix_keepalived import Node, Pair
@@ -84,7 +86,10 @@ class Scene:
         def so() -> bool:
             return there.has_address() and not here.has_address() and there.connections() == COUNT
 
-        until(so, within=20, what=f"all is at {there.host.name}: {here.said()}\n{there.said()}")
+        try:
+            until(so, within=20, what=f"all is at {there.host.name}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{here.said()}\n{there.said()}") from None
         assert here.connections() == 0
 
 
@@ -100,7 +105,7 @@ def scene(lan: LanFactory, agents: Agents, pair: Pair, request: pytest.FixtureRe
     for name in "ab":
         net.host(name).popen([*SERVE, "0.0.0.0", str(PORT)])
         until(partial(_listens, net.host(name)), what="the server listens")
-    return Scene(net, *pair(net, a, b, priorities=getattr(request, "param", (100, 100))))
+    return Scene(net, *pair(net, a, b, **getattr(request, "param", {})))
 
 
 def test_planned_switch_and_back(scene: Scene) -> None:
@@ -113,9 +118,22 @@ def test_planned_switch_and_back(scene: Scene) -> None:
             scene.moved(here, there)
             assert here.guarded()
             until(there.unguarded, what="the grace time ends")
+        # Both have come to b. Without an agent at a nothing moves any more, and the address stays with them.
+        scene.a.agent.kill()
+        assert scene.b.failover().code == 3
+        assert (scene.b.has_address(), scene.b.connections()) == (True, COUNT)
+        assert scene.a.check() == (1, "check: a standby without an agent\n")
+        assert scene.b.check() == (0, "")
+        scene.b.agent.kill()
+        assert scene.b.check() == (0, "")
 
 
-@pytest.mark.parametrize("scene", [(110, 100)], indirect=True, ids=["unequal"])
+@pytest.mark.parametrize(
+    "scene",
+    [{"priorities": (110, 100)}, {"priorities": (110, 100), "fifo": False}],
+    indirect=True,
+    ids=["fifo", "notify"],
+)
 def test_flapping_peer(scene: Scene) -> None:
     """The standby takes the address for a moment, again and again; then the active one's keepalived is stopped."""
     with scene.talking():
@@ -157,6 +175,20 @@ def stop_commands(node: Node) -> list[list[str]]:
         ]
         for words in commands
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--address", "10.0.0"], "'10.0.0' is no address"),
+        (["--address", "10.0.0.100", "--follow", "VI_1", "MASTER"], "nothing that keepalived says"),
+        (["--address", "10.0.0.100", "--follow", "INSTANCE", "VI_1", "SLAVE", "1"], "nothing that keepalived says"),
+    ],
+)
+def test_bad_words(words: list[str], said: str, tmp_path: Path) -> None:
+    stderr = io.StringIO()
+    assert main(["failover", "--to", "10.0.0.2:7420", "--run-dir", str(tmp_path), *words], stderr=stderr) == 2
+    assert said in stderr.getvalue()
 
 
 def test_unit_is_understood() -> None:
