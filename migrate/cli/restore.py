@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sealing.add_arguments(parser)
     parser.add_argument(
-        "--path-state", action="store_true", help="go on with the congestion windows that the connections had"
+        "--path-state",
+        action="store_true",
+        help="go on with the congestion windows that the connections had, as far as they are fresh",
     )
     parser.set_defaults(command=[])
     parser.usage = "%(prog)s [-h] [OPTION ...] FILE [-- CMD ...]"

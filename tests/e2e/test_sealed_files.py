@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from migrate.sealed import Key, read_records, write_records
 from tests.fix_netns import Lan, LanFactory
 
 TCPMIG = [sys.executable, "-m", "migrate.cli"]
@@ -25,11 +27,11 @@ sock.recv(1)
 print("read", flush=True)
 listener.accept()
 """
-# It answers with its congestion window, then everything it reads.
+# It answers with its threshold and its congestion window, then everything it reads.
 OWNER = """
-import os, socket, struct
+import os, socket
 info = socket.socket(fileno=os.dup(0)).getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-os.write(1, struct.unpack_from("=I", info, 80)[0].to_bytes(4, "big"))
+os.write(1, info[76:84])
 while data := os.read(0, 1000):
     os.write(1, data)
 """
@@ -67,13 +69,14 @@ def test_a_connection_goes_through_a_sealed_file(lan: LanFactory, key: Path, tmp
 
         shown = _shown(tcpmig("show", file, "--json", "--key", key))
         assert shown["received_bytes"] == len(SECRET)
-        for words, said in [
+        attempts: list[tuple[list[str | Path], str]] = [
             (["show", file], "--key FILE"),
             (["show", file, "--key", other], "another key"),
             (["restore", file, "--netns", b.netns, "--hold-open"], "--key FILE"),
             (["restore", file, "--netns", b.netns, "--hold-open", "--key", other], "another key"),
-        ]:
-            failed = tcpmig(*words)
+        ]
+        for attempt, said in attempts:
+            failed = tcpmig(*attempt)
             assert failed.returncode == 1
             assert said in failed.stderr
 
@@ -85,11 +88,23 @@ def test_a_connection_goes_through_a_sealed_file(lan: LanFactory, key: Path, tmp
             assert said in failed.stderr
 
         net.withdraw(a, net.vip4)
-        words = ["restore", file, "--netns", b.netns, "--detach", "--steer", "vip:eth0", "--key", key, "--path-state"]
-        command = [*TCPMIG, *words, "--", sys.executable, "-c", OWNER]
+        _on_a_well_known_path(file, key)
+        owned: list[str | Path] = [
+            "restore",
+            file,
+            "--netns",
+            b.netns,
+            "--detach",
+            "--steer",
+            "vip:eth0",
+            "--key",
+            key,
+            "--path-state",
+        ]
+        command = [*TCPMIG, *owned, "--", sys.executable, "-c", OWNER]
         assert subprocess.run(command, stdout=subprocess.DEVNULL, timeout=60, check=False).returncode == 0
         with sock.makefile("rb") as stream:
-            assert int.from_bytes(stream.read(4), "big") >= 10
+            assert struct.unpack("=II", stream.read(8)) == (77, 200)
             assert stream.read(len(SECRET)) == SECRET
 
 
@@ -104,6 +119,17 @@ def _connected(net: Lan) -> socket.socket:
     assert server.stdout.readline() == b"read\n"
     sock.sendall(SECRET)
     return sock
+
+
+def _on_a_well_known_path(file: Path, key: Path) -> None:
+    """Rewrite the record, as of a connection that has sent much, on a host whose clock is ahead."""
+    opened = Key.read(str(key))
+    with file.open("rb") as stream:
+        (record,) = read_records(stream, opened)
+    record.cwnd, record.ssthresh, record.max_window = 200, 77, 1 << 20
+    record.origin_time += 3600 * 10**9
+    with file.open("wb") as stream:
+        write_records(stream.fileno(), [record], opened)
 
 
 def _shown(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
