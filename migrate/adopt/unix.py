@@ -59,7 +59,7 @@ __all__ = ["ANSWER", "MAX_PATH", "AppAdoption", "Application", "UnixAdopter", "c
 
 ANSWER = 2.0  # seconds that an application has for its answers, unless told otherwise
 MAX_PATH = 107  # bytes, sun_path in unix(7)
-_PARTING = 0.2  # seconds to get rid of a last word
+_PARTING, _EACH = 0.2, 0.002  # seconds to get rid of last words, and for each of them
 _UCRED = struct.Struct("3i")  # struct ucred in unix(7): pid, uid, gid
 _HINT = "is the application running, and does it listen there (migrate.app.plain)?"
 
@@ -244,7 +244,7 @@ class Application:
     def _part(self, messages: Iterable[Message]) -> None:
         """Say these without waiting for an answer. An application that does not listen has had its chance."""
         self._waiting.extend((message, None) for message in messages)
-        self._pump(lambda: True, time.monotonic() + _PARTING)
+        self._pump(lambda: True, time.monotonic() + _PARTING + _EACH * len(self._waiting))
         self._end_if_deaf()
         if self._leaves and self._session.idle:
             self._end(self._over)

@@ -134,8 +134,8 @@ def test_the_documentation_has_the_same_tables() -> None:
         for on, (speaker, after) in row.items()
     ]
     assert "\n".join(rows) + "\n\n" in text
-    for message in (Hello, Services, *map(type, SAID.values())):
-        assert f"\n| {message.__struct_config__.tag} | {message.__name__} |" in text
+    for message in (Hello(), Services(()), *SAID.values()):
+        assert f"\n| {message.__struct_config__.tag} | {type(message).__name__} |" in text
     for limit in (MAX_MESSAGE, MAX_CHUNK, MAX_STATE):
         assert f"| {limit:,} bytes" in text
 
@@ -451,6 +451,18 @@ def test_asking(ours: plain.Application, gives: plain.OnLetGo | None, expected: 
                 assert answer == expected
                 until(lambda fate=fate: told and told.pop() == (fate, CONNECTION))  # type: ignore[misc]
     assert not told
+
+
+def test_a_thousand_at_once(ours: plain.Application) -> None:
+    gone: list[str] = []
+    ours.on_let_go = lambda connection, _: connection.encode()
+    ours.on_gone = lambda connection, _: gone.append(connection)
+    many = {FOUR_TUPLE._replace(remote_port=port): -1 for port in range(1, 1001)}
+    with served(ours), Application(ours.path) as there:
+        answers = there.ask(many, 10)
+        assert answers == {each: str(each).encode() for each in many}
+        there.gone(many)
+        until(lambda: len(gone) == len(many))
 
 
 def test_a_wrong_descriptor_is_not_let_go(ours: plain.Application) -> None:
