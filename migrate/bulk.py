@@ -17,15 +17,17 @@ from typing import Any
 from migrate import checkpoint
 from migrate.errors import Error
 from migrate.fourtuple import MAPPED
-from migrate.ici import Ici
+from migrate.ici import Ici, Queue
 from migrate.kernel import options
 from migrate.kernel.snapshot import Snapshot
 from migrate.restore import Defaults, Restored, restore_with
+from migrate.tcpstate import TcpState
 
 __all__ = ["dump_many", "prepare", "restore_many"]
 
 _FEW = 8  # connections for which getting ready is not worth its time
 _AT_ONCE = 64  # connections of which all that was read stays in the processor's caches until it is a record
+_ESTABLISHED = int(TcpState.ESTABLISHED)
 _INET, _INET6, _TCP = int(socket.AF_INET), int(socket.AF_INET6), int(socket.IPPROTO_TCP)
 _PORT = struct.Struct("!H").unpack
 
@@ -151,17 +153,22 @@ def _record(
         family, state, _, _, local, local_port, remote, remote_port, local6, remote6,
         rmem_alloc, wmem_queued, rcvbuf, write_seq, snd_una, snd_nxt, rcv_nxt, copied_seq,
         snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup, mss_clamp, mss, advmss,
-        tsoffset, cwnd, ssthresh, srtt, mdev, bits, congestion,
+        tsoffset, cwnd, ssthresh, srtt, mdev, urg_data, peek_off, bits, congestion,
     ) = numbers  # fmt: skip
     timestamps, sack, snd_wscale, rcv_wscale, ecn = snapshot.negotiated(bits)
-    sent = unsent = received = b""
+    sent: Queue = b""
+    unsent: Queue = b""
+    received = b""
     urgent = -1
     if wmem_queued and write_seq != snd_una:
         # As in checkpoint: what left since the hold stands met the hold and not the peer.
         notsent = max(write_seq - snd_nxt & 0xFFFFFFFF, notsent)
         sent, unsent = checkpoint.send_queue(sock, state, write_seq - snd_una & 0xFFFFFFFF, notsent)
     if rmem_alloc and rcv_nxt != copied_seq:
-        rcv_nxt, urgent, received = checkpoint.receive_queue(sock)
+        if state == _ESTABLISHED and not urg_data and peek_off < 0:  # in other states rcv_nxt may count a FIN
+            received = checkpoint.plain_receive_queue(sock, rcv_nxt - copied_seq & 0xFFFFFFFF)
+        else:
+            rcv_nxt, urgent, received = checkpoint.receive_queue(sock)
     if found:
         checkpoint.leave_out_what_comes_by_itself(found, advmss, rcvbuf)
     if family == _INET6 and not local6.startswith(MAPPED):

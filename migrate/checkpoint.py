@@ -26,7 +26,7 @@ from typing import Protocol
 from migrate import unconnected
 from migrate.errors import Error, Gone, NotFound, Refused, from_oserror
 from migrate.fourtuple import unmapped
-from migrate.ici import Ici
+from migrate.ici import Ici, Queue
 from migrate.kernel import options, sockopt, tcpinfo, uapi
 from migrate.obstacle import obstacle
 from migrate.tcpstate import REBUILD, TcpState, Way
@@ -43,6 +43,7 @@ __all__ = [
     "freeze",
     "leave",
     "leave_out_what_comes_by_itself",
+    "plain_receive_queue",
     "read_frozen",
     "receive_queue",
     "release",
@@ -129,7 +130,9 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
     state, bits, wscales, mss, rtt, rttvar, ssthresh, cwnd, advmss, notsent = _facts(info)
     write_seq, rcv_nxt = sockopt.queue_ends(sock)
     rmem_alloc, rcvbuf, wmem_queued = sockopt.meminfo(sock)
-    snd_una, sent, unsent, urgent, received = write_seq, b"", b"", -1, b""
+    sent: Queue = b""
+    unsent: Queue = b""
+    snd_una, urgent, received = write_seq, -1, b""
     if wmem_queued:
         notsent, outstanding = max(notsent, sockopt.unsent_length(sock)), sockopt.outstanding_length(sock)
         snd_una = (write_seq - outstanding) & 0xFFFFFFFF
@@ -239,7 +242,7 @@ def release(sock: HasFileno) -> None:
         raise from_oserror("releasing a connection", error) from None
 
 
-def send_queue(sock: socket.socket, state: int, outstanding: int, notsent: int) -> tuple[bytes, bytes]:
+def send_queue(sock: socket.socket, state: int, outstanding: int, notsent: int) -> tuple[Queue, Queue]:
     """(the sent part, the unsent part) of ``outstanding`` bytes, which count a FIN as ``notsent`` does.
 
     ``notsent`` is the most that was unsent since the hold stands: what left since then met the hold and not the peer.
@@ -249,7 +252,17 @@ def send_queue(sock: socket.socket, state: int, outstanding: int, notsent: int) 
     queue = _peek(sock, outstanding - fin, "send")
     sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
     boundary = len(queue) - max(notsent - fin, 0)
-    return (queue, b"") if boundary >= len(queue) else (queue[:boundary], queue[boundary:])
+    if 0 < boundary < len(queue):
+        return memoryview(queue)[:boundary], memoryview(queue)[boundary:]
+    return (b"", queue) if boundary <= 0 else (queue, b"")
+
+
+def plain_receive_queue(sock: socket.socket, length: int) -> bytes:
+    """What is unread where its length is known, there is no urgent byte and SO_PEEK_OFF is not set."""
+    sockopt.select_queue(sock, uapi.TCP_RECV_QUEUE)
+    data = _peek(sock, length, "receive")
+    sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
+    return data
 
 
 def receive_queue(sock: socket.socket) -> tuple[int, int, bytes]:

@@ -46,6 +46,7 @@ _INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)  # names of this modul
 _STREAM, _TCP, _MAXSEG = int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP), socket.TCP_MAXSEG
 _CHUNK = 1 << 20  # bytes of a queue given to one send()
 _SMALLEST_CHUNK = 1 << 10
+_AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _MAXSEG_LIMIT = 32767  # MAX_TCP_WINDOW in include/net/tcp.h: the most TCP_MAXSEG takes
 _TRUESIZE = 4  # a queued byte's share of SO_SNDBUF and SO_RCVBUF at worst: headers and half-filled pages
 _SEND, _RECEIVE = (socket.SO_SNDBUF, uapi.SO_SNDBUFFORCE), (socket.SO_RCVBUF, uapi.SO_RCVBUFFORCE)
@@ -300,20 +301,32 @@ def _connect_error(ici: Ici, error: OSError) -> Error:
 
 
 def _fill(sock: socket.socket, data: bytes | memoryview, buffer: tuple[int, int], *, before: int = 0) -> None:
-    """Write a queue behind the ``before`` bytes that are in its buffer; then the buffer has its size again.
+    """Write a queue behind the ``before`` bytes that are in its buffer. Most fit, and 64 KiB always do."""
+    try:
+        written = sock.send(data, _AT_ONCE)
+    except OSError as error:
+        if error.errno not in (errno.ENOMEM, errno.EAGAIN):
+            raise
+        written = 0
+    if written < len(data):
+        _fill_enlarged(sock, memoryview(data)[written:], buffer, before + written)
 
-    It is made larger only after connect(), which computes windows from it, and left for autotuning to change.
-    Memory may be short for large pieces: they are halved, down to a kilobyte, then the buffer is doubled.
+
+def _fill_enlarged(sock: socket.socket, view: memoryview, buffer: tuple[int, int], before: int) -> None:
+    """Write what does not fit into the buffer, which then has its size again and is left for autotuning to change.
+
+    It is made larger only here, after connect(), which computes windows from it. Memory may be short for large
+    pieces: they are halved, down to a kilobyte, then the buffer is doubled.
     """
     size = room = sock.getsockopt(socket.SOL_SOCKET, buffer[0])
     lock = sock.getsockopt(socket.SOL_SOCKET, uapi.SO_BUF_LOCK)
-    most = _TRUESIZE * (before + len(data))
-    if room < (before + len(data)) * 5 // 4:
+    most = _TRUESIZE * (before + len(view))
+    if room < most // 2:
         room = _set_size(sock, buffer, most // 2)
-    view, chunk = memoryview(data), _CHUNK
+    chunk = _CHUNK
     while view:
         try:
-            view = view[sock.send(view[:chunk], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+            view = view[sock.send(view[:chunk], _AT_ONCE) :]
         except OSError as error:
             if error.errno not in (errno.ENOMEM, errno.EAGAIN) or (chunk <= _SMALLEST_CHUNK and room >= most):
                 raise

@@ -54,6 +54,8 @@ _FIELDS = {
     "tcp_sock.snd_ssthresh": "I",
     "tcp_sock.srtt_us": "I",
     "tcp_sock.mdev_us": "I",
+    "tcp_sock.urg_data": "H",
+    "sock.sk_peek_off": "i",
 }
 # Bit fields; of each the byte that it lies in is copied.
 _BITS = (
@@ -112,6 +114,8 @@ class Numbers(NamedTuple):
     snd_ssthresh: int
     srtt_us: int  # eighths of microseconds
     mdev_us: int  # quarters of microseconds
+    urg_data: int  # 0: no urgent byte is unread
+    peek_off: int  # SO_PEEK_OFF
     bits: bytes  # `Snapshot.negotiated` reads them
     congestion: bytes  # NUL-terminated
 
