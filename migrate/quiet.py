@@ -63,8 +63,8 @@ def observe(sock: socket.socket) -> Activity:
 def verdict(before: Activity, now: Activity, *, settled: float) -> bool | None:
     """Of a connection that was ``before`` when its arriving segments were first held: is it quiet ``now``?
 
-    ``settled`` is the time in seconds for which bytes_sent has not changed since, as far as that was watched. None: wait,
-    an answer may come yet.
+    ``settled`` is the time in seconds for which bytes_sent has not changed since, as far as that was watched.
+    None: wait, an answer may come yet.
     """
     if now.unread or now.notsent:
         return None

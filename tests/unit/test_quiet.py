@@ -157,6 +157,7 @@ def test_a_request_on_its_way_is_waited_for(net: Lan) -> None:
     """The owner thinks longer than an attempt lasts: what is found quiet has the answer sent."""
     with owner(net, think) as served:
         served.client.sendall(b"request")
+        until(lambda: observe(served.server).bytes_received == len(b"request"))
         assert served.becomes_quiet(5)
         assert observe(served.server).bytes_sent == len(b"answer to request")
 
