@@ -1,4 +1,4 @@
-"""The picture of tests/bench/pathstate: throughput over time of two streams (SVG 1.1)."""
+"""The picture of tests/bench/pathstate: throughput over time with path state and without (SVG 1.1)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from migrate.demo.timeline import ticks
 
 __all__ = ["draw"]
 
-Arrivals = Sequence[tuple[float, int]]  # seconds from the move, bytes
+Arrivals = Sequence[tuple[float, float]]  # seconds from the move, bytes
 
 _WIDTH, _HEIGHT = 1000, 560
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80, 960, 130, 470
@@ -19,8 +19,11 @@ _COLOURS = "#b3124b", "#2b6cb0"
 _INK, _FAINT = "#1f2933", "#7b8794"
 
 
-def draw(without: Arrivals, carried: Arrivals, rate: float, shares: Sequence[float], seconds: float) -> str:
-    """``rate`` is the path's, in bytes a second; ``shares`` of it arrived in the first ``seconds``, in percent."""
+def draw(streams: Sequence[Arrivals], shares: Sequence[float], *, runs: int, rate: float, seconds: float) -> str:
+    """Of the two kinds, without and with, what arrived in a run on average, and in percent in the first ``seconds``.
+
+    ``rate`` is the path's, in bytes a second.
+    """
     highest = rate * 8e-6 * 1.35
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
@@ -31,13 +34,13 @@ def draw(without: Arrivals, carried: Arrivals, rate: float, shares: Sequence[flo
         _text(
             _LEFT,
             62,
-            f"{rate * 8e-6:,.0f} Mbit/s, round trip 40 ms, cubic. What the client receives; each kind's median run.",
+            f"{rate * 8e-6:,.0f} Mbit/s, round trip 40 ms, cubic. What the client receives, mean of {runs} runs each.",
             colour=_FAINT,
         ),
         *_axes(highest),
     ]
-    kinds = ("without path state", without), ("with path state", carried)
-    for number, ((words, arrivals), colour) in enumerate(zip(kinds, _COLOURS, strict=True)):
+    kinds = zip(("without path state", "with path state"), streams, _COLOURS, strict=True)
+    for number, (words, arrivals, colour) in enumerate(kinds):
         y = 88 + 20 * number
         parts.append(f'<rect x="{_LEFT}" y="{y - 6}" width="22" height="3" fill="{colour}"/>')
         text = f"{words}: {shares[number]:.0f} % of what the path can carry in the first {seconds * 1000:.0f} ms"
@@ -49,7 +52,7 @@ def draw(without: Arrivals, carried: Arrivals, rate: float, shares: Sequence[flo
 
 def _throughput(arrivals: Arrivals) -> Iterator[tuple[float, float]]:
     """The middle of each bin, and Mbit/s."""
-    bins = [0] * round((_END - _BEGIN) / _BIN)
+    bins = [0.0] * round((_END - _BEGIN) / _BIN)
     for when, size in arrivals:
         place = math.floor((when - _BEGIN) / _BIN)
         if 0 <= place < len(bins):
@@ -71,7 +74,7 @@ def _axes(highest: float) -> Iterator[str]:
     yield f'<rect x="{_LEFT}" y="{_BOTTOM}" width="{_RIGHT - _LEFT}" height="1" fill="{_INK}"/>'
     yield _text((_LEFT + _RIGHT) / 2, _BOTTOM + 48, "time in ms", anchor="middle", colour=_FAINT)
     yield f'<rect x="{_x(0) - 0.5:.1f}" y="{_TOP}" width="1" height="{_BOTTOM - _TOP}" fill="{_FAINT}"/>'
-    yield _text(_x(0) + 6, _BOTTOM - 10, "the move begins", colour=_FAINT)
+    yield _text(_x(0), _TOP - 5, "the move begins", anchor="middle", colour=_FAINT)
 
 
 def _x(time: float) -> float:

@@ -75,12 +75,12 @@ def main() -> None:
         report = {"path_state": carried, "answer_bytes": ANSWER, "milliseconds": milliseconds}
         print(json.dumps({"median": True, **report, "answer_ms": statistics.median(milliseconds)}), flush=True)
     groups = [[each for each in runs if each.carried is carried] for carried in (False, True)]
-    middle = [sorted(group, key=lambda each: each.share(WINDOWS[0]))[len(group) // 2] for group in groups]
     for group in groups:
         print(json.dumps({"median": True, **summary(group)}))
-    without, along = ([(when, size) for when, size in each.arrivals] for each in middle)
-    shares = [each.share(WINDOWS[0]) for each in middle]
-    arguments.picture.write_text(draw(without, along, RATE, shares, WINDOWS[0]))
+    # Means: a run now and then meets one of the losses by which cubic finds the path's limit.
+    streams = [[(when, size / len(group)) for each in group for when, size in each.arrivals] for group in groups]
+    shares = [statistics.mean(each.share(WINDOWS[0]) for each in group) for group in groups]
+    arguments.picture.write_text(draw(streams, shares, runs=arguments.runs, rate=RATE, seconds=WINDOWS[0]))
 
 
 def summary(runs: Sequence[Run]) -> dict[str, object]:
@@ -125,20 +125,24 @@ def answer(carried: bool) -> float:
     """Seconds that an answer takes which is given as soon as an idle connection has moved."""
     with ExitStack() as stack:
         scene = _scene(stack, carried)
-        for size in (WARM_UP, ANSWER):
-            begin = time.monotonic()
-            sending = _thread(scene.there.sendall, bytes(size))
-            with scene.here.makefile("rb") as stream:
-                stream.read(size)
-            took = time.monotonic() - begin
-            sending.join()
-            if size == WARM_UP:
-                until(lambda: not unacknowledged(scene.there))
-                moved, _, _ = scene.move()
-                scene.there.close()
-                scene = scene._replace(there=moved)
-        scene.here.close()
-        scene.there.close()
+        here, there = scene.here, scene.there
+        _timed(here, there, WARM_UP)
+        until(lambda: not unacknowledged(there))
+        moved, _, _ = scene.move()
+        there.close()
+        took = _timed(here, moved, ANSWER)
+        here.close()
+        moved.close()
+    return took
+
+
+def _timed(here: socket.socket, there: socket.socket, size: int) -> float:
+    begin = time.monotonic()
+    sending = _thread(there.sendall, bytes(size))
+    with here.makefile("rb") as stream:
+        stream.read(size)
+    took = time.monotonic() - begin
+    sending.join()
     return took
 
 
