@@ -3,7 +3,7 @@
 ::
 
     with Client("unix:/run/tcpmig/agent.sock") as agent:
-        for report in agent.migrate(Selector(local=(b"", 80)), "10.0.0.2:7420", steer="vip:eth0"):
+        for report in agent.migrate(Selector(local=parse_endpoint("10.0.0.100:80")), "10.0.0.2:7420", steer="vip:eth0"):
             ...
 """
 
@@ -143,7 +143,7 @@ def _end(end: tuple[bytes, int | None] | None) -> str:
         return ""
     address, port = end
     if not address:
-        return f":{port}"
+        return "*" if port is None else f"*:{port}"
     zero = FourTuple(address, port or 0, address, 0)
     text = str(zero).partition(",")[0]
     return text if port is not None else text.rpartition(":")[0].strip("[]")

@@ -58,6 +58,7 @@ class Departure(Handoff):
         self.when_quiet = when_quiet
         self.report = report
         self.frozen: dict[FourTuple, Ici] = {}
+        self.left_out: dict[bytes, str] = {}  # refused by this side, and why: the other only sees that they are missing
         self.gone: set[bytes] = set()  # ended by themselves
         self.frozen_at = self.active_at = 0  # CLOCK_MONOTONIC, nanoseconds
         self.phases: list[tuple[Phase, int, int]] = []  # begin and length of each, on the same clock
@@ -153,6 +154,7 @@ class Departures(Driver):
         batch.record_bytes = sum(map(len, records.values()))
         self.host.metrics.record_bytes("source", batch.record_bytes)
         batch.passed("freeze")
+        batch.left_out = refused
         return Frozen(records, refused)
 
     def _freeze_quiet(self, batch: Departure, command: do.Freeze) -> None:

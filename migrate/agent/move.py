@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import time
 from collections import deque
@@ -33,7 +34,7 @@ from migrate.tcpstate import TcpState
 
 __all__ = ["Move", "Wish"]
 
-BATCH = 128  # connections
+BATCH = 160  # connections
 BATCH_BYTES = 4 << 20  # of their queues
 WINDOW = 3  # batches under way
 PATIENCE = 30.0  # seconds until a batch that is not decided is reported as in doubt
@@ -75,6 +76,8 @@ class Move:
         found = await asyncio.to_thread(find, self._wish.selector, extensions=Extension.INFO)
         ours = os.getpid()  # the agents' own connections
         found = [each for each in found if all(owner.pid != ours for owner in each.owners) or not each.owners]
+        if self._wish.selector.empty:
+            found = [each for each in found if not _loopback(each.connection.four_tuple.local)]
         obstacles = {each.connection.four_tuple: each.obstacle for each in found}
         refused = {each: why for each, why in obstacles.items() if why is not None}
         return [each for each in found if each.connection.four_tuple not in refused], refused
@@ -252,7 +255,7 @@ class Move:
         results: dict[FourTuple, tuple[int, Error | None]] = {}
         again: list[Found] = []
         for connection in batch.machine.connections:
-            why = refused.get(connection.id)
+            why = batch.left_out.get(connection.id) or refused.get(connection.id)
             if connection.id in batch.gone:
                 results[connection.four_tuple] = types_pb2.OUTCOME_GONE, Refused(why or "it ended")
             elif why is None:
@@ -285,6 +288,11 @@ def _expected_frozen(found: Sequence[Found]) -> int:
 
 def _times(times: Times, quiet: float | None) -> Times:
     return times if quiet is None else msgspec.structs.replace(times, patience=times.patience + quiet)
+
+
+def _loopback(address: bytes) -> bool:
+    """Whether both ends of its connections are on this host."""
+    return ipaddress.ip_address(address).is_loopback
 
 
 def _by_address(found: Sequence[Found]) -> list[list[Found]]:

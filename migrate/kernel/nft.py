@@ -134,8 +134,8 @@ class HoldTable(Table):
             action = nf.log(self.group), nf.verdict(nf.NF_DROP)
             requests.append(nf.new_rule(family, name, "arriving", *self._match(each, ip, arriving=True), *action))
         for ip in VERSIONS:
-            action = nf.log(self.group), nf.verdict(nf.NF_DROP)
-            requests.append(nf.new_rule(family, name, "departing", *self._match(_SETS[True], ip, arriving=False), *action))
+            match = self._match(_SETS[True], ip, arriving=False)
+            requests.append(nf.new_rule(family, name, "departing", *match, nf.log(self.group), nf.verdict(nf.NF_DROP)))
         return requests
 
     def _match(self, name: str, ip: Ip, *, arriving: bool) -> list[bytes]:

@@ -8,7 +8,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-VERBS = {"core": "dump, hold, restore and the command line on one machine"}
+VERBS = {
+    "core": "dump, hold, restore and the command line on one machine",
+    "handoff": "two agents: connections a second, blackouts, memory",
+}
 
 
 def main() -> int:

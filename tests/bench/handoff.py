@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from migrate.agent.client import Client
 from migrate.agent.tls import init_tls
@@ -102,7 +101,7 @@ def throughput(report: Report, count: int, *, rounds: int) -> float:
                 p99.append(frozen[len(frozen) * 99 // 100] / 1000)
             until(lambda: at.a.settled() and at.b.settled(), within=20)
     rate = median(rates)
-    report.number(f"connections/s, {count}", rate, 12_000, "1/s", at_least=True, **spread(rates))
+    report.number(f"connections/s, {count}", rate, 12_000, "1/s", at_least=True, spread=spread(rates))
     report.number(f"own blackout p99, {count}", median(p99), 30, "ms", median_ms=round(median(p50), 2))
     report.number(f"agent memory, {count}", max(0.0, memory), 40, "KiB/connection")
     report.tables[f"phases of a batch, {count}, milliseconds"] = {name: spread(each) for name, each in phases.items()}
@@ -156,7 +155,7 @@ def blackout(report: Report, moves: int) -> None:
                     moving.append(echo.longest())
                 echo.stop()
     above = [max(0.0, moved - quiet) * 1000 for moved, quiet in zip(moving, still, strict=True)]
-    report.number("blackout of an echoing client, median", median(above), 3, "ms", **spread(above))
+    report.number("blackout of an echoing client, median", median(above), 3, "ms", spread=spread(above))
     report.number("blackout of an echoing client, p99", sorted(above)[len(above) * 99 // 100], 10, "ms")
     report.number("retransmissions of the peer", len(wire.retransmissions), 0, "")
 
@@ -164,8 +163,8 @@ def blackout(report: Report, moves: int) -> None:
 def move(client: Client, sock: socket.socket, destination: Agent) -> None:
     (local, local_port), (remote, remote_port) = sock.getpeername(), sock.getsockname()
     chosen = Selector(connection=FourTuple.parse(f"{local}:{local_port},{remote}:{remote_port}"))
-    *_, last = client.migrate(chosen, destination.address, steer=STEER)
-    assert last.summary.done == 1, last.summary
+    *before, last = client.migrate(chosen, destination.address, steer=STEER)
+    assert last.summary.done == 1, before
 
 
 class _Echo(threading.Thread):
@@ -197,8 +196,8 @@ class _Echo(threading.Thread):
 
 def reference(report: Report, contest: Contest, count: int, rate: float) -> None:
     """The C program's cost of the kernel's share for one connection, and the agents' share beside it."""
-    rounds: list[dict[str, Any]] = contest.reference(count=min(count, 5000))
-    cost = median(sum(each.values()) for each in rounds)
+    rounds = contest.reference(connections=min(count, 5000), rounds=3)
+    cost = median(each["wall"] for each in rounds)
     report.tables["beside the reference"] = {
         "microseconds a connection": {
             "agents": round(1e6 / rate, 1),

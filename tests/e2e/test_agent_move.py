@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
 import socket
 import subprocess
@@ -39,6 +40,10 @@ def says(sock: socket.socket, word: bytes) -> bool:
     """The far end echoes."""
     sock.sendall(word)
     return sock.recv(len(word), socket.MSG_WAITALL) == word
+
+
+def forwards_nothing(agent: Agent) -> bool:
+    return agent.forwarded() == 0
 
 
 def carries(host: Host, address: str) -> bool:
@@ -108,7 +113,7 @@ def test_a_single_connection_moves_alone(lan: LanFactory, agents: Agents) -> Non
             assert b.tcpmig("migrate", name(mover), "--to", a.address, "--steer", steer).code == 0
             assert says(mover, b"333")
             assert says(stays, b"333")
-            until(lambda here=a: here.forwarded() == 0, what="nothing is forwarded any more")
+            until(functools.partial(forwards_nothing, a), what="nothing is forwarded any more")
         assert not wire.rsts
 
 
