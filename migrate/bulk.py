@@ -18,7 +18,7 @@ from migrate import checkpoint
 from migrate.errors import Error
 from migrate.fourtuple import MAPPED
 from migrate.ici import Ici, Queue
-from migrate.kernel import options
+from migrate.kernel import heap, options
 from migrate.kernel.snapshot import Snapshot
 from migrate.restore import Defaults, Restored, restore_with
 from migrate.tcpstate import TcpState
@@ -64,7 +64,11 @@ os.register_at_fork(after_in_child=_bulk.forget)
 
 
 def prepare() -> bool:
-    """Get ready now, some 100 ms, rather than amidst a move. False where this process may not."""
+    """Get ready now, some 100 ms, rather than amidst a move. False where this process may not.
+
+    From then on the process keeps the memory of queues for the next ones (`kernel.heap`).
+    """
+    heap.keep()
     return options.prepare() and _bulk.prepare()
 
 

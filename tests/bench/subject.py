@@ -18,11 +18,13 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from migrate import Error, Ici, activate, bulk, release, restore
+from migrate import Error, Ici, activate, bulk, release
 
 PHASES = ("save", "close", "restore", "resume")
 LOOPBACK = "ip link set lo up mtu 1500 && ip route replace local 127.0.0.1 dev lo table local initcwnd 100"
+Moved = TypeVar("Moved", Ici, socket.socket)
 QUIET = 0.25  # seconds: longer than a delayed ACK (200 ms), which would draw a RST while nobody is there
 PATIENCE = 30.0  # seconds until set-up or check give up
 
@@ -143,14 +145,14 @@ class Subject:
 
     def _run_batch(self, old: list[socket.socket], cost: Cost) -> list[socket.socket]:
         with cost.phase("save"):
-            records = [_saved(record) for record in bulk.dump_many(old)]
+            records = [_done(record) for record in bulk.dump_many(old)]
         with cost.phase("close"):
             for sock in old:
                 release(sock)
         for sock in old:  # the application's, not counted
             sock.close()
         with cost.phase("restore"):
-            new = [restore(record, activate=False) for record in records]
+            new = [_done(sock) for sock in bulk.restore_many(records, activate=False)]
         with cost.phase("resume"):
             for sock in new:
                 activate(sock)
@@ -181,10 +183,10 @@ class Subject:
         self.peers.close()
 
 
-def _saved(record: Ici | Error) -> Ici:
-    if isinstance(record, Error):
-        raise SystemExit(f"not saved: {record}")
-    return record
+def _done(result: Moved | Error) -> Moved:
+    if isinstance(result, Error):
+        raise SystemExit(f"not moved: {result}")
+    return result
 
 
 def _queued(sock: socket.socket, request: int) -> int:
