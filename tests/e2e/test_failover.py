@@ -27,7 +27,7 @@ COUNT = int(os.environ.get("TCPMIG_FAILOVER_CONNECTIONS", "200"))
 PAUSE = 0.01  # seconds between two words
 UNIT = Path(__file__).parents[2] / "packaging/systemd/tcpmig-failover.service"
 OPTIONS = "$TCPMIG_FAILOVER"
-LONGEST = 8.0  # seconds that a word may take while keepalived changes its mind
+LONGEST = 20.0  # seconds that a word may take while keepalived changes its mind, on a busy machine
 DEAF = """
 table inet deaf {
     chain arriving { type filter hook input priority 0; meta l4proto 112 drop; }
@@ -87,9 +87,10 @@ class Scene:
             return there.has_address() and not here.has_address() and there.connections() == COUNT
 
         try:
-            until(so, within=20, what=f"all is at {there.host.name}")
+            until(so, within=30, what=f"all is at {there.host.name}")
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{here.said()}\n{there.said()}") from None
+            found = [(node.host.name, node.has_address(), node.connections()) for node in (here, there)]
+            raise AssertionError(f"{error}, but {found}\n{here.said()}\n{there.said()}") from None
         assert here.connections() == 0
 
 
