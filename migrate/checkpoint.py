@@ -195,10 +195,14 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> 
 def leave_out_what_comes_by_itself(found: dict[str, options.Value], advmss: int, rcvbuf: int) -> None:
     """What has a field of its own, and sizes that the kernel gives a connection itself (tcp_init_buffer_space)."""
     found.pop("TCP_CONGESTION", None)
-    if "SO_BUF_LOCK" in found:
-        return
-    found.pop("SO_SNDBUF", None)  # follows the congestion window
-    if "SO_RCVBUF" not in found and found.get("TCP_WINDOW_CLAMP") == max(2 * advmss, rcvbuf // 2 - advmss):
+    lock = found.get("SO_BUF_LOCK", 0)
+    if lock not in (1, 3):  # SOCK_SNDBUF_LOCK, and SOCK_RCVBUF_LOCK as well
+        found.pop("SO_SNDBUF", None)  # follows the congestion window
+    if (
+        lock in (0, 1)
+        and "SO_RCVBUF" not in found
+        and found.get("TCP_WINDOW_CLAMP") == max(2 * advmss, rcvbuf // 2 - advmss)
+    ):
         del found["TCP_WINDOW_CLAMP"]
 
 

@@ -157,7 +157,8 @@ def received_length(sock: socket.socket) -> int:
 
 def at_mark(sock: socket.socket) -> bool:
     """SIOCATMARK: the next byte to be read is the urgent one."""
-    return _INT.unpack(ioctl(sock.fileno(), uapi.SIOCATMARK, _FOUR))[0] != 0
+    mark: int = _INT.unpack(ioctl(sock.fileno(), uapi.SIOCATMARK, _FOUR))[0]
+    return mark != 0
 
 
 def outstanding_length(sock: socket.socket) -> int:
