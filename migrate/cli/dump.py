@@ -146,7 +146,10 @@ def _save(
     names = _names(sockets, output)
     name, seconds = holds.new_name(), arguments.hold
     with RecordFile(arguments.output, key) as file:
-        guard = Guard(lambda told: _finish(told or file.committed(), sockets, name, file, seconds))
+        guard = Guard(
+            lambda told: _finish(told or file.committed(), sockets, name, file, seconds),
+            keep=[*(sock.fileno() for sock in sockets.values()), *file.descriptors],
+        )
         try:
             with Hold(name=name, timeout=seconds + holds.MARGIN) as hold:
                 try:

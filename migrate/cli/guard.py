@@ -8,22 +8,30 @@ terminal's signals and keeps no stream of its parent open.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from migrate.errors import from_oserror
 
 __all__ = ["Guard"]
 
 _COMMITTED, _DONE = b"c", b"d"
+_DESCRIPTOR_LIMIT = 1 << 30
 
 
 class Guard:
-    """The parent's end of the pipe. ``finish`` runs in the guard and is told whether `commit` was called."""
+    """The parent's end of the pipe. ``finish`` runs in the guard and is told whether `commit` was called.
 
-    def __init__(self, finish: Callable[[bool], None]) -> None:
-        listens, self._pipe = os.pipe2(os.O_CLOEXEC)
+    ``keep`` are the descriptors that it needs; the guard closes all others.
+    """
+
+    def __init__(self, finish: Callable[[bool], None], *, keep: Iterable[int] = ()) -> None:
+        try:
+            listens, self._pipe = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            raise from_oserror("starting the guard process", error) from None
         try:
             self.pid = os.fork()
         except OSError as error:
@@ -32,7 +40,9 @@ class Guard:
             raise from_oserror("starting the guard process", error) from None
         if self.pid == 0:
             try:
-                os.close(self._pipe)
+                wanted = sorted({0, 1, 2, listens, *keep})
+                for low, high in itertools.pairwise([*wanted, _DESCRIPTOR_LIMIT]):
+                    os.closerange(low + 1, high)
                 said = _listen(listens)
                 if not said.endswith(_DONE):
                     finish(said == _COMMITTED)

@@ -70,6 +70,11 @@ class RecordFile:
         self.remove()
         self.close()
 
+    @property
+    def descriptors(self) -> list[int]:
+        """What another process needs to have of it."""
+        return [descriptor for descriptor in (self._descriptor, self._directory) if descriptor >= 0]
+
     def close(self) -> None:
         """The descriptors; the file stays as it is. Again does nothing."""
         for descriptor in (self._descriptor, self._directory):

@@ -121,9 +121,10 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         for record, sock in restored.values():
             if sock.unset:
                 output.warn(f"{record.four_tuple}: this host could not set {', '.join(sorted(set(sock.unset)))}")
-    _report([*restored, *kept_free], failures, output)
-    if not arguments.detach:
-        _wait(adoptions)
+    with contextlib.nullcontext() if arguments.detach else _stopped_together(adoptions):
+        _report([*restored, *kept_free], failures, output)
+        if not arguments.detach:
+            _wait(adoptions)
     if not failures:
         return 0
     return PARTIAL if restored or kept_free else max(error.exit_code for _, error in failures)
@@ -290,16 +291,22 @@ def _report(restored: Iterable[FourTuple], failures: Failures, output: Output) -
         output.failure(str(record.four_tuple), error)
 
 
-def _wait(adoptions: Sequence[Adoption]) -> None:
-    """Until the commands have ended; what merely keeps connections open goes with this process."""
+@contextlib.contextmanager
+def _stopped_together(adoptions: Sequence[Adoption]) -> Iterator[None]:
+    """What merely keeps connections open goes with this process when that is told to stop."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for child in adoptions:
-            if isinstance(child, ChildAdoption | _Kept):
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(child.pid, 0)
+        yield
     except KeyboardInterrupt:
         for child in adoptions:
             if isinstance(child, _Kept):
                 os.kill(child.pid, signal.SIGKILL)
         raise
+
+
+def _wait(adoptions: Sequence[Adoption]) -> None:
+    """Until the commands have ended."""
+    for child in adoptions:
+        if isinstance(child, ChildAdoption | _Kept):
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(child.pid, 0)

@@ -126,7 +126,7 @@ WORDS: list[tuple[Sequence[str], int, str]] = [
         ["restore", "{good}", "--netns", "{b}"],
         2,
         "tcpmig: who shall own the connections?"
-        f"{HINT}exactly one of: [--systemd] -- CMD, --relay HOST:PORT, --hold-open",
+        f"{HINT}exactly one of: [--systemd] -- CMD, --relay HOST:PORT, --adopter PATH, --hold-open",
     ),
     (
         ["restore", "{good}", "--relay", "nowhere", "--netns", "{b}"],
