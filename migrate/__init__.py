@@ -22,9 +22,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from migrate.bulk import dump_many, restore_many
     from migrate.checkpoint import check, dump, release, thaw
     from migrate.errors import Error
-    from migrate.hold import Hold as hold  # noqa: N813 - a verb for its users
+    from migrate.hold import Hold as hold
     from migrate.ici import FourTuple, Ici, read_records, write_records
     from migrate.kernel.netns import entered as netns
     from migrate.restore import activate, discard, restore
@@ -41,11 +42,13 @@ __all__ = [
     "check",
     "discard",
     "dump",
+    "dump_many",
     "hold",
     "netns",
     "read_records",
     "release",
     "restore",
+    "restore_many",
     "thaw",
     "write_records",
 ]
@@ -59,11 +62,13 @@ _HOME = {
     "check": "migrate.checkpoint:check",
     "discard": "migrate.restore:discard",
     "dump": "migrate.checkpoint:dump",
+    "dump_many": "migrate.bulk:dump_many",
     "hold": "migrate.hold:Hold",
     "netns": "migrate.kernel.netns:entered",
     "read_records": "migrate.ici:read_records",
     "release": "migrate.checkpoint:release",
     "restore": "migrate.restore:restore",
+    "restore_many": "migrate.bulk:restore_many",
     "thaw": "migrate.checkpoint:thaw",
     "write_records": "migrate.ici:write_records",
 }

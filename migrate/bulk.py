@@ -1,4 +1,4 @@
-"""Many connections at once: `checkpoint.dump` for a batch, for a third of the cost each.
+"""Many connections at once: `checkpoint.dump` and `restore.restore` for a batch, for less.
 
 What dump() asks with thirteen calls is read for all by `kernel.snapshot`, once before anything is touched, to judge,
 and once when all are in repair mode. The first connection that this process reads so is also read by dump()'s calls;

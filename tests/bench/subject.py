@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from migrate import Error, Ici, activate, bulk, release
+from migrate import Error, Ici, activate, bulk, dump_many, release, restore_many
 
 PHASES = ("save", "close", "restore", "resume")
 LOOPBACK = "ip link set lo up mtu 1500 && ip route replace local 127.0.0.1 dev lo table local initcwnd 100"
@@ -145,14 +145,14 @@ class Subject:
 
     def _run_batch(self, old: list[socket.socket], cost: Cost) -> list[socket.socket]:
         with cost.phase("save"):
-            records = [_done(record) for record in bulk.dump_many(old)]
+            records = [_done(record) for record in dump_many(old)]
         with cost.phase("close"):
             for sock in old:
                 release(sock)
         for sock in old:  # the application's, not counted
             sock.close()
         with cost.phase("restore"):
-            new = [_done(sock) for sock in bulk.restore_many(records, activate=False)]
+            new = [_done(sock) for sock in restore_many(records, activate=False)]
         with cost.phase("resume"):
             for sock in new:
                 activate(sock)

@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from migrate import bulk
-from migrate.checkpoint import dump, thaw
-from migrate.errors import Refused
+from migrate.checkpoint import dump, release, thaw
+from migrate.errors import Conflict, Refused
 from migrate.ici import Ici
-from migrate.kernel import sockopt, tcpinfo, uapi
+from migrate.kernel import netns, sockopt, tcpinfo, uapi
 from migrate.tcpstate import TcpState
 from tests.fix_netns import LanFactory
 from tests.peers import connect
@@ -120,6 +120,26 @@ def test_what_cannot_move_is_refused_and_untouched(
     assert [type(result) for result in results] == [Ici, Refused, Refused, Ici]
     assert "Multipath" in str(results[1])
     assert "no TCP socket" in str(results[2])
+
+
+def test_many_live_on_and_one_that_cannot_be_restored_does_not_stop_the_others(
+    fresh: bulk._Bulk, pairs: list[tuple[socket.socket, socket.socket]]
+) -> None:
+    ours = [near for _, near in pairs]
+    records = [record for record in bulk.dump_many(ours) if isinstance(record, Ici)]
+    assert len(records) == len(ours)
+    for sock in ours:
+        release(sock)
+    with netns.entered_with(ours[0]):
+        first, again, *others = bulk.restore_many([records[0], *records])
+    assert isinstance(again, Conflict)
+    for (far, _), sock in zip(pairs, [first, *others], strict=True):
+        assert isinstance(sock, socket.socket)
+        with sock:
+            far.sendall(b"?")
+            assert sock.recv(2) == b"?"
+            sock.sendall(b"!")
+            assert far.recv(2) == b"!"
 
 
 @pytest.mark.parametrize("why", ["unable", "wrong"])
