@@ -133,12 +133,12 @@ def test_many_live_on_and_one_that_cannot_be_restored_does_not_stop_the_others(
     with netns.entered_with(ours[0]):
         first, again, *others = bulk.restore_many([records[0], *records])
     assert isinstance(again, Conflict)
-    for (far, _), sock in zip(pairs, [first, *others], strict=True):
-        assert isinstance(sock, socket.socket)
-        with sock:
+    for (far, _), moved in zip(pairs, [first, *others], strict=True):
+        assert isinstance(moved, socket.socket)
+        with moved:
             far.sendall(b"?")
-            assert sock.recv(2) == b"?"
-            sock.sendall(b"!")
+            assert moved.recv(2) == b"?"
+            moved.sendall(b"!")
             assert far.recv(2) == b"!"
 
 
