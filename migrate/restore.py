@@ -53,6 +53,9 @@ _SEND, _RECEIVE = (socket.SO_SNDBUF, uapi.SO_SNDBUFFORCE), (socket.SO_RCVBUF, ua
 _INJECTION = 0.5  # seconds for an injected segment to arrive
 
 
+_TRANSPARENT = {4: (socket.IPPROTO_IP, uapi.IP_TRANSPARENT), 6: (socket.IPPROTO_IPV6, uapi.IPV6_TRANSPARENT)}
+
+
 class Restored(socket.socket):
     """A rebuilt socket.
 
@@ -66,18 +69,19 @@ class Restored(socket.socket):
     unset: list[str]
 
 
-def restore(ici: Ici, *, activate: bool = True) -> socket.socket:
+def restore(ici: Ici, *, activate: bool = True, before_address: bool = False) -> socket.socket:
     """The connection, rebuilt in this thread's network namespace; blocking and close-on-exec.
 
-    With ``activate=False`` it is silent: no segment leaves, closing it tells nobody, until `activate`.
+    With ``activate=False`` it is silent: no segment leaves, closing it tells nobody, until `activate`. With
+    ``before_address`` the host need not have its address before that; states that need injected segments do.
 
     Raises Conflict if the four-tuple exists here, HostError if its address does not, PrivilegeError, KernelError.
     After an error nothing is left.
     """
-    return restore_with({}, ici, activate=activate)
+    return restore_with({}, ici, activate=activate, before_address=before_address)
 
 
-def restore_with(defaults: Defaults, ici: Ici, *, activate: bool) -> Restored:
+def restore_with(defaults: Defaults, ici: Ici, *, activate: bool, before_address: bool = False) -> Restored:
     """`restore` for one of many: what was learnt of this namespace with one serves the next (`migrate.bulk`)."""
     try:
         sock = Restored(_INET if ici.family == 4 else _INET6, _STREAM, _TCP)
@@ -85,7 +89,12 @@ def restore_with(defaults: Defaults, ici: Ici, *, activate: bool) -> Restored:
         raise from_oserror("making a socket", error, hint=_descriptor_hint(error)) from None
     try:
         sock.record, sock.unset = ici, []
+        if before_address:
+            sock.setsockopt(*_TRANSPARENT[ici.family], 1)
         _rebuild(sock, ici, defaults)
+        if before_address:  # it counts for bind() and connect() only
+            level, option = _TRANSPARENT[ici.family]
+            sock.setsockopt(level, option, int(bool(ici.options.get(f"IP{'V6' * (ici.family == 6)}_TRANSPARENT"))))
         if activate:
             _activate(sock, ici)
     except BaseException as error:

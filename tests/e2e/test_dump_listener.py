@@ -55,7 +55,7 @@ class Server:
             return socket.create_connection((self.net.vip4, PORT), timeout=10)
 
     def dump(self, file: Path, *more: str, check: bool = True) -> list[dict[str, object]]:
-        command = [*TCPMIG, "dump", "--json", "--local", f"{self.net.vip4}:{PORT}", "-o", file, *more]
+        command: list[str | Path] = [*TCPMIG, "dump", "--json", "--local", f"{self.net.vip4}:{PORT}", "-o", file, *more]
         done = self.a.run(command, check=check)
         assert check or done.returncode, done
         return [json.loads(line) for line in done.stdout.splitlines()] or [{"said": done.stderr}]
@@ -107,7 +107,7 @@ def test_time_wait_goes_along(server: Server, tmp_path: Path) -> None:
     peer.close()
     with server.a.entered():
         (over,) = until(lambda: diag.list_connections(states={TcpState.TIME_WAIT}))
-    command = [*TCPMIG, "dump", "--json", str(over.four_tuple), "-o", file, "--steer", "vip:eth0"]
+    command: list[str | Path] = [*TCPMIG, "dump", "--json", str(over.four_tuple), "-o", file, "--steer", "vip:eth0"]
     assert json.loads(server.a.run(command).stdout)["ok"]
     done = server.b.run([*TCPMIG, "restore", "--json", file, "--steer", "vip:eth0", "--hold-open"])
     assert json.loads(done.stdout) == {"v": 1, "connection": str(over.four_tuple), "ok": True}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 import migrate
+from migrate.errors import HostError
 from migrate.kernel import sockopt, tcpinfo, uapi
 from migrate.tcpstate import TcpState
 from tests.e2e.test_states import Field, field
@@ -183,4 +184,30 @@ def test_what_came_out_of_order_is_left_to_the_peer(field: Field) -> None:
             life.move()
         finally:
             host.run(["nft", "delete table ip loss"])
+        ends_well(life)
+
+
+@families
+def test_before_the_address_has_come(field: Field, family: str) -> None:
+    """The connection waits at the destination while the source still has the address."""
+    with field.life(family, full=True) as life, migrate.hold([], netns=life.mover.there.netns) as there:
+        life.passive()
+        life.fill()
+        there.add([life.four_tuple])
+        with migrate.hold([life.four_tuple], netns=life.mover.here.netns):
+            record = migrate.dump(life.ours)
+            with life.mover.there.entered():
+                with pytest.raises(HostError, match="does not have the address"):
+                    migrate.restore(record, activate=False)
+                ours = migrate.restore(record, activate=False, before_address=True)
+            migrate.release(life.ours)
+            life.ours.close()
+            life.mover.move_address()
+        there.replay()
+        migrate.activate(ours)
+        there.lift()
+        life.ours = ours
+        life.ours.setblocking(False)
+        assert not life.ours.getsockopt(socket.IPPROTO_IP, uapi.IP_TRANSPARENT)
+        life.deliver()
         ends_well(life)
