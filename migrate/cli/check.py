@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from migrate.cli.output import Output
-from migrate.kernel import probe
+from migrate.kernel.probe import capabilities
 
 __all__ = ["add_arguments", "run"]
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Try each capability; exit code 4 if one that is needed is missing."""
     missing = 0
-    for capability in probe.capabilities():
+    for capability in capabilities():
         missing += capability.needed and not capability.ok
         mark = "ok  " if capability.ok else "MISSING" if capability.needed else "no  "
         text = f"{mark:8}{capability.name:26}{capability.detail}"

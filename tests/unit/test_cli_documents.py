@@ -25,7 +25,7 @@ def test_the_manual_page_is_as_new_as_the_parser(tmp_path: Path) -> None:
     done = draw("--check")
     assert done.returncode == 0, done.stderr
     copy = tmp_path / "tcpmig.1"
-    copy.write_text(PAGE.read_text().replace("hold", "hald"))
+    copy.write_text(PAGE.read_text().replace("hold", "HOLD"))
     done = draw("--check", copy)
     assert (done.returncode, done.stderr) == (1, "tcpmig.1 is stale: run scripts/draw-manpage\n")
 
@@ -66,7 +66,7 @@ def test_bash_completes(script: Path, tmp_path: Path, words: list[str], offered:
         'COMP_WORDS=(tcpmig "$@"); COMP_CWORD=$#; COMP_LINE="tcpmig $*"; COMP_POINT=${#COMP_LINE}; '
         '"$function" tcpmig "${!#}" "${COMP_WORDS[COMP_CWORD - 1]}"; printf "%s\\n" "${COMPREPLY[@]}"'
     )
-    command = [shutil.which("bash") or "bash", "--norc", "-c", ask, "bash", script, *words]
+    command = [shutil.which("bash") or "bash", "--norc", "-c", ask, "bash", str(script), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert set(done.stdout.split()) == offered, done.stderr
 
