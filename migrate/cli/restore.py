@@ -25,7 +25,7 @@ from migrate.cli.main import PARTIAL
 from migrate.cli.output import Output
 from migrate.cli.show import opened
 from migrate.cli.steering import vip
-from migrate.errors import Conflict, Error, RecordTruncated, UsageError
+from migrate.errors import Conflict, Error, HostError, RecordTruncated, UsageError
 from migrate.hold import Hold
 from migrate.ici import FourTuple, Ici
 from migrate.kernel.diag import SockDiag
@@ -37,6 +37,7 @@ from migrate.tcpstate import TcpState
 
 __all__ = ["add_arguments", "run"]
 
+_PAUSE = 0.002  # seconds between two looks for an address
 Failures = list[tuple[Ici, Error]]
 
 
@@ -51,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steer", metavar="vip:DEV", help="first let the connections' addresses come to that device")
     parser.add_argument(
         "--local", metavar="ADDR[:PORT]", help="the connections' end on this host, where a NAT hides it from the peers"
+    )
+    parser.add_argument(
+        "--before-address",
+        action="store_true",
+        help="rebuild at once, and let the connections live as soon as their addresses have come (within --hold)",
     )
     parser.add_argument("--hold-open", action="store_true", help="own the connections, doing nothing, until they end")
     parser.add_argument("--detach", action="store_true", help="do not wait for the commands to end")
@@ -106,7 +112,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
                     if record.state == TcpState.TIME_WAIT:
                         kept_free.append(_keep_free(record))
                         continue
-                    sock = _silent(record)
+                    sock = _silent(record, before_address=arguments.before_address)
                 except Error as error:
                     failures.append((record, error))
                     continue
@@ -114,6 +120,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
                 restored[record.four_tuple] = record, sock
                 if paths is not None:
                     paths.carry(sock, age=max(time.time() - record.origin_time / 1e9, 0.0))
+            if arguments.before_address:
+                _await_addresses({record.local for record, _ in restored.values()}, arguments.hold)
             if hold is not None and restored:
                 adoptions = _hand_over(adopter, restored, hold, failures)
             if seen is not None:
@@ -237,8 +245,27 @@ def _keep_waiting(name: str, seconds: float) -> None:
         holds.linger(hold, seconds)
 
 
-def _silent(record: Ici) -> Restored:
-    sock = restore(record, activate=False)
+def _await_addresses(addresses: set[bytes], seconds: float) -> None:
+    limit = time.monotonic() + seconds
+    for address in addresses:
+        while not _is_here(address):
+            if time.monotonic() > limit:
+                raise HostError("the connections' addresses have not come", hint="give --hold more seconds")
+            time.sleep(_PAUSE)
+
+
+def _is_here(address: bytes) -> bool:
+    family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+    with socket.socket(family) as trial:
+        try:
+            trial.bind((socket.inet_ntop(family, address), 0))
+        except OSError:
+            return False
+    return True
+
+
+def _silent(record: Ici, *, before_address: bool) -> Restored:
+    sock = restore(record, activate=False, before_address=before_address)
     assert isinstance(sock, Restored)
     return sock
 

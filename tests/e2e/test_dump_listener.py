@@ -113,3 +113,19 @@ def test_time_wait_goes_along(server: Server, tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {"v": 1, "connection": str(over.four_tuple), "ok": True}
     held = server.b.run(["nft", "list", "ruleset"]).stdout
     assert f"{over.four_tuple.remote_port}" in held and "expires" in held
+
+
+def test_restore_waits_for_the_address(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "early.ici"
+    with server.connect() as client:
+        client.send(b"early")
+        server.dump(file, "--state", "LISTEN", "--hold", "20")
+        command = [*TCPMIG, "restore", file, "--before-address", "--systemd", "--", sys.executable, "-c", ECHO]
+        server.b.popen(command)
+        until(
+            lambda: f":{PORT}" in server.b.run(["ss", "-Htn"]).stdout, what="it is rebuilt before its address is here"
+        )
+        server.net.withdraw(server.a, server.net.vip4)
+        server.net.assign(server.b, server.net.vip4)
+        server.net.host("client").run(["ip", "neigh", "flush", "all"])
+        assert client.recv(10) == b"early"
