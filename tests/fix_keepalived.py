@@ -89,7 +89,7 @@ class Node:
         self._tcpmig.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m migrate.cli "$@" >>{self.log} 2>&1\n')
         self._tcpmig.chmod(0o755)
         notify = " ".join(map(str, [SCRIPTS / "notify", *self.words, "--grace", GRACE]))
-        self._check = [SCRIPTS / "check", net.vip4, agent.socket, self.run_dir]
+        self._check: list[str | Path] = [SCRIPTS / "check", net.vip4, agent.socket, self.run_dir]
         self._configuration = self.directory / "keepalived.conf"
         self._configuration.write_text(
             CONFIGURATION.format(

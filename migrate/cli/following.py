@@ -36,6 +36,7 @@ class Follower:
         self._here = before
         self._grace = grace
         self._since, self._told = time.monotonic(), floating.told()
+        self._lost = False  # the address has left, and perhaps not yet all that must follow it
         self.busy = True  # something is still to be done, or to be waited for
 
     def step(self) -> None:
@@ -53,17 +54,19 @@ class Follower:
             self._here, self._since, self.busy = here, time.monotonic(), True
             self._output.say(f"{floating.text} {'has come' if here else 'has left'}")
             floating.stay()
+            self._lost = not here
         # The address may have left and come back between two looks.
         if self._told != (told := floating.told()):
             self._told, self._since, self.busy = told, time.monotonic(), True
         if not self.busy:
             return
-        if not here and floating.left():
+        # What comes to a standby by a planned switch is no concern of ours.
+        if self._lost and floating.left():
             self._since = time.monotonic()
             floating.sweep(self._output)
         elif time.monotonic() - self._since > (self._grace if here else SETTLE):
             (floating.unguard if here else floating.tidy)()
-            self.busy = False
+            self._lost = self.busy = False
 
 
 def follow(floating: Floating, words: list[str], output: Output, *, grace: float) -> int:
