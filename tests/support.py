@@ -167,7 +167,7 @@ def main() -> int:
     if arguments.check:
         return int(PAGE.read_text() != text)
     PAGE.write_text(text)
-    return int("fails" in text)
+    return int("| fails |" in text)
 
 
 if __name__ == "__main__":

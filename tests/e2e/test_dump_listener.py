@@ -120,7 +120,8 @@ def test_restore_waits_for_the_address(server: Server, tmp_path: Path) -> None:
     with server.connect() as client:
         client.send(b"early")
         server.dump(file, "--state", "LISTEN", "--hold", "20")
-        command = [*TCPMIG, "restore", file, "--before-address", "--systemd", "--", sys.executable, "-c", ECHO]
+        command: list[str | Path] = [*TCPMIG, "restore", file, "--before-address", "--systemd"]
+        command += ["--", sys.executable, "-c", ECHO]
         server.b.popen(command)
         until(
             lambda: f":{PORT}" in server.b.run(["ss", "-Htn"]).stdout, what="it is rebuilt before its address is here"

@@ -24,6 +24,7 @@ LAYERS = (
     "fourtuple",
     "ici",
     "sealed",
+    "relocate",
     "kernel",
     "unconnected",
     "checkpoint",
