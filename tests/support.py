@@ -103,7 +103,7 @@ connections that nobody has accepted. "–": there is nothing to try.
 | path MTU | found anew |
 | conntrack, strict rp_filter, policy routing | tried on both hosts |
 | ECN | not restored, repair mode has no way to: this end neither marks segments nor echoes marks; the record tells |
-| congestion window, RTT | in the record, not restored: the kernel learns them again |
+| round-trip time | in the record, not restored: the kernel measures it again |
 | Multipath TCP, TLS in the kernel | refused before anything is touched |
 """
 BESIDE = """## Beside CRIU's test suite
