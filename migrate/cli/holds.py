@@ -20,7 +20,7 @@ from migrate.errors import Conflict, Error, NotFound
 from migrate.fourtuple import FourTuple
 from migrate.hold import Hold
 from migrate.kernel import diag, pidfd, sockopt
-from migrate.kernel.nft import HOLD, HoldTable, tables
+from migrate.kernel.nft import HOLD, HoldTable, sweep, tables
 
 __all__ = ["adopt", "linger", "new_name", "refuse_moving", "release_others", "seconds"]
 
@@ -49,7 +49,11 @@ def new_name() -> str:
 
 
 def refuse_moving(tuples: Collection[FourTuple]) -> None:
-    """Raise Conflict if another command that is at work holds one of these, and does not end at once."""
+    """Raise Conflict if another command that is at work holds one of these, and does not end at once.
+
+    What a guard left that was killed is swept up: a table that holds nothing any more.
+    """
+    sweep()
     limit = time.monotonic() + _ENDING
     while busy := _busy(set(tuples)):
         if time.monotonic() > limit:

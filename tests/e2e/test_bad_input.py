@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from migrate.fourtuple import FourTuple
-from migrate.kernel import sockopt
+from migrate.kernel import sockopt, uapi
 from migrate.kernel.nft import tables
 from tests.fix_netns import Lan
 from tests.killing import Killer
@@ -342,6 +342,25 @@ def test_a_connection_that_ends_while_it_is_waited_for(scene: Scene) -> None:
             client.close()
             _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (1, f"tcpmig: {name}: the connection ended while it was waited for\n")
+    scene.untouched()
+
+
+def test_multipath_is_refused_before_it_is_touched(scene: Scene) -> None:
+    with contextlib.ExitStack() as opened:
+        with scene.a.entered():
+            listener = opened.enter_context(socket.socket(proto=uapi.IPPROTO_MPTCP))
+        listener.bind((scene.a.ip4, 0))
+        listener.listen()
+        with scene.net.host("client").entered():
+            client = opened.enter_context(socket.socket(proto=uapi.IPPROTO_MPTCP))
+        client.connect(listener.getsockname())
+        server = opened.enter_context(listener.accept()[0])
+        words = ["dump", "--pid", str(os.getpid()), "--fd", str(server.fileno()), "--netns", scene.a.netns]
+        done = scene.killer.run(*words, "-o", scene.file)
+        assert done.code == 1
+        assert "it is a Multipath TCP socket, which the kernel cannot repair" in done.stderr
+        client.sendall(b"still here")
+        assert server.recv(100) == b"still here"
     scene.untouched()
 
 
