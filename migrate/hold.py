@@ -12,8 +12,8 @@ answer. `replay` leaves it like that, since a socket that is given data must ack
 its departing segments are dropped counts for its TCP as lost, and is repeated after a timeout only: so open that side,
 by `replay` or ``add(tuples, outgoing=False)``, before a socket leaves repair mode.
 
-What the host itself would have sent is kept too. A socket that goes on, here or elsewhere, counts it as sent and would
-repeat it only after a time-out: `emit` sends it, past the hold, and `remove` and `lift` do if the connection is here.
+What the host itself would send is not kept. The socket learns that new data was dropped at output and counts it as not
+sent; sent on behind its back, the data would be acknowledged before it was sent, and the connection would hang.
 
 What was kept is injected only where its connection exists, so that no RST goes to the peer of one that moved away.
 What is not replayed is not lost: the peer repeats it.
@@ -34,7 +34,6 @@ from migrate.kernel.diag import SockDiag
 from migrate.kernel.nflog import Listener
 from migrate.kernel.nft import MARK, HoldTable
 from migrate.kernel.segment import Injector, fix_checksums, four_tuple
-from migrate.tcpstate import TcpState
 
 __all__ = ["Hold"]
 
@@ -55,7 +54,6 @@ class Hold:
     """
 
     kept: dict[FourTuple, list[bytes]]  # IP packets as they came, in their order, by *our* four-tuple
-    departing: dict[FourTuple, list[bytes]]  # the same of what this host would have sent
     dropped: int  # packets neither kept nor replayed: beyond the limit, damaged, or of a connection that is not here
 
     def __init__(
@@ -104,7 +102,6 @@ class Hold:
         self._process = os.getpid()
         self._over = False
         self.kept = {}
-        self.departing = {}
         self.dropped = 0
 
     def __enter__(self) -> Self:
@@ -149,23 +146,10 @@ class Hold:
         self.replay(gone)
         self._let_go(gone)
         self._inject(self.take(gone))
-        self._emit_living(gone)
 
     def collect(self) -> int:
-        """Move what has come into ``kept`` and ``departing``; the number of segments. Never waits."""
+        """Move what has arrived into ``kept``; the number of segments. Never waits."""
         return self._keep(self._listener.read(), self.kept)
-
-    def emit(self, tuples: Iterable[FourTuple]) -> int:
-        """Send what this host would have sent for these connections, past the hold; the number of segments."""
-        self.collect()
-        count = 0
-        for each in tuples:
-            for packet in self.departing.pop(each, ()):
-                self._size -= len(packet)
-                with contextlib.suppress(Error):  # the peer asks for it again
-                    self._injector.emit(fix_checksums(packet))
-                    count += 1
-        return count
 
     def keep(self, packets: Iterable[bytes]) -> None:
         """Keep these IP packets too, which another host held before: they come first."""
@@ -182,10 +166,8 @@ class Hold:
         return taken
 
     def discard(self) -> None:
-        """Forget all that was kept."""
+        """Forget all that has arrived."""
         self.take()
-        self._size -= _size(self.departing)
-        self.departing.clear()
 
     def replay(self, tuples: Iterable[FourTuple] | None = None) -> int:
         """Give what was kept for these connections, or for all, to their sockets; the number of segments.
@@ -221,7 +203,6 @@ class Hold:
                 self.replay()
                 self._let_go(list(self.tuples))
                 self._inject(self.take())
-                self._emit_living(list(self.departing))
             finally:
                 self._table.delete()
             self._inject(self.take())
@@ -231,20 +212,12 @@ class Hold:
         self._over = True
         self._resources.close()
 
-    def _emit_living(self, tuples: Iterable[FourTuple]) -> None:
-        known = [each for each in tuples if each in self.departing]
-        # TIME_WAIT only answers; what it said to a segment that was injected would draw a RST, and that would end it.
-        here = self._connections(known, time_wait=False)
-        self.emit([each for each in known if each in here])
-        for each in known:
-            self._size -= _size({each: self.departing.pop(each, [])})
-
     def _let_go(self, tuples: Collection[FourTuple]) -> None:
         with contextlib.suppress(NotFound):
             self._table.remove(tuples)
 
     def _keep(self, packets: Iterable[bytes], where: dict[FourTuple, list[bytes]]) -> int:
-        count, members = 0, self._table.members
+        count = 0
         for packet in packets:
             try:
                 key = four_tuple(packet)
@@ -255,11 +228,8 @@ class Hold:
                 self.dropped += 1
                 continue
             self._size += len(packet)
+            where.setdefault(key, []).append(packet)
             count += 1
-            if key not in members and (departing := key.reversed()) in members:
-                self.departing.setdefault(departing, []).append(packet)
-            else:
-                where.setdefault(key, []).append(packet)
         return count
 
     def _put_first(self, older: dict[FourTuple, list[bytes]]) -> None:
@@ -284,11 +254,11 @@ class Hold:
         self.dropped += sum(map(len, packets.values())) - count
         return count
 
-    def _connections(self, tuples: Collection[FourTuple], *, time_wait: bool = True) -> Collection[FourTuple]:
+    def _connections(self, tuples: Collection[FourTuple]) -> Collection[FourTuple]:
         """Those that have a socket here, or are in TIME_WAIT; perhaps others too."""
-        few = len(tuples) <= _FEW
-        found = filter(None, map(self._diag.find, tuples)) if few else self._diag.list_connections()
-        return {each.four_tuple for each in found if time_wait or each.state is not TcpState.TIME_WAIT}
+        if len(tuples) <= _FEW:
+            return {each for each in tuples if self._diag.find(each)}
+        return {each.four_tuple for each in self._diag.list_connections()}
 
 
 def _size(packets: dict[FourTuple, list[bytes]]) -> int:

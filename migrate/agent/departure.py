@@ -196,8 +196,6 @@ class Departures(Driver):
         for sock in sockets:
             sock.close()
         batch.frozen.clear()
-        # What the owner wrote after the hold stood is in the record as sent.
-        self.host.holds.emit(tuples_of(command.connections))
 
     def _send_kept(self, batch: Departure, command: do.SendKept) -> None:
         if batch.stream is None and command.dial:

@@ -75,10 +75,6 @@ class Holds:
         """Keep these too: another host's hold has kept them."""
         self._hold.keep(packets)
 
-    def emit(self, tuples: Sequence[FourTuple]) -> int:
-        """Send what this host would have sent for these, past the hold."""
-        return self._hold.emit(tuples)
-
     def replay(self, tuples: Sequence[FourTuple]) -> int:
         """Give what is kept to the sockets."""
         return self._hold.replay(tuples)

@@ -43,7 +43,7 @@ class Held(NamedTuple):
 
 
 class HoldTable(Table):
-    """Segments of some connections reach no socket and leave no host: both kinds go to an NFLOG group.
+    """Segments of some connections reach no socket: those that arrive go to an NFLOG group, those that leave nowhere.
 
     Per connection the departing side may be left open. Each hold ends by itself after its timeout, in the kernel.
     Where two tables hold a connection, one of the two groups gets its segments.
@@ -135,7 +135,7 @@ class HoldTable(Table):
             requests.append(nf.new_rule(family, name, "arriving", *self._match(each, ip, arriving=True), *action))
         for ip in VERSIONS:
             match = self._match(_SETS[True], ip, arriving=False)
-            requests.append(nf.new_rule(family, name, "departing", *match, nf.log(self.group), nf.verdict(nf.NF_DROP)))
+            requests.append(nf.new_rule(family, name, "departing", *match, nf.verdict(nf.NF_DROP)))
         return requests
 
     def _match(self, name: str, ip: Ip, *, arriving: bool) -> list[bytes]:

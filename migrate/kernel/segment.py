@@ -43,8 +43,6 @@ _EXTENSIONS = socket.IPPROTO_HOPOPTS, socket.IPPROTO_ROUTING, socket.IPPROTO_DST
 _CHECKSUM = 16  # its offset in the TCP header
 _AT_ONCE = 4096  # bytes summed as one number: larger ones cost more per byte
 
-_FITS = 1180  # bytes of payload: with all headers and options they fit the smallest MTU of IPv6, 1280
-
 _TRUSTED = 0.05  # seconds for which an address that was found to be of this host is taken to stay
 _READY = 0.2  # seconds until a new IPv6 address is ready to be used
 
@@ -226,23 +224,6 @@ class Injector:
                     raise
                 segment = Segment.parse(packet)
                 for part in segment.split(max(1, self._loopback(SIOCGIFMTU, _IFMTU) - place.payload)):
-                    self._send(place, part.build())
-        except OSError as error:
-            raise self._explained(error) from None
-
-    def emit(self, packet: bytes) -> None:
-        """Send a packet of this host with right checksums to its destination; one too large for the way, in pieces.
-
-        Raises HostError if a firewall is in the way, KernelError, Error if it is no TCP segment.
-        """
-        place = _placed(packet)
-        try:
-            try:
-                self._send(place, packet)
-            except OSError as error:
-                if error.errno != errno.EMSGSIZE:
-                    raise
-                for part in Segment.parse(packet).split(_FITS):
                     self._send(place, part.build())
         except OSError as error:
             raise self._explained(error) from None
