@@ -96,12 +96,12 @@ def mask(to: int, value: int) -> bytes:
 
 def load(to: int, source: int, offset: int, *, width: int = 8) -> bytes:
     """``width`` bytes at ``offset`` from where a register points."""
-    return instruction({1: 0x71, 4: 0x61, 8: 0x79}[width], to, source, offset)
+    return instruction({1: 0x71, 2: 0x69, 4: 0x61, 8: 0x79}[width], to, source, offset)
 
 
 def store(to: int, source: int, offset: int, *, width: int = 8) -> bytes:
     """``width`` bytes of register ``source`` to ``offset`` from where register ``to`` points."""
-    return instruction({1: 0x73, 4: 0x63, 8: 0x7B}[width], to, source, offset)
+    return instruction({1: 0x73, 2: 0x6B, 4: 0x63, 8: 0x7B}[width], to, source, offset)
 
 
 def jump_if_less(register: int, value: int, distance: int) -> bytes:
