@@ -129,14 +129,12 @@ def test_planned_switch_and_back(scene: Scene) -> None:
         assert scene.b.check() == (0, "")
 
 
-@pytest.mark.parametrize(
-    "scene",
-    [{"priorities": (110, 100)}, {"priorities": (110, 100), "fifo": False}],
-    indirect=True,
-    ids=["fifo", "notify"],
-)
+@pytest.mark.parametrize("scene", [{"priorities": (110, 100)}], indirect=True, ids=["fifo"])
 def test_flapping_peer(scene: Scene) -> None:
-    """The standby takes the address for a moment, again and again; then the active one's keepalived is stopped."""
+    """The standby takes the address for a moment, again and again; then the active one's keepalived is stopped.
+
+    With the FIFO only: the notify form starts a process for each change, which can come too late (docs/failover.md).
+    """
     with scene.talking():
         for _ in range(3):
             scene.b.host.run(["nft", DEAF])
