@@ -11,8 +11,8 @@ The order of the calls in `restore` is the contract with the kernel:
 5. The receive queue, then the part of the send queue that was sent: written in repair mode it counts as sent.
 6. FINs as the state asks for, then the windows. The socket is now silent.
 
-Which queue was selected last does not matter: the kernel looks at it only in repair mode, and until `activate` ends
-that nobody writes to the socket.
+That the receive queue stays selected if nothing else is done does not matter: the kernel looks at it only in repair
+mode, when somebody writes, and until `activate` nobody does.
 
 `activate` leaves repair mode and hands the rest of the send queue to the kernel as any application would.
 """
@@ -173,6 +173,8 @@ def _rebuild(sock: Restored, ici: Ici, defaults: Defaults) -> None:
             _take_steps(sock, ici, plan.steps)
         elif plan.received_fin and rcv_wup == ici.rcv_nxt:
             rcv_wnd, rcv_wup = rcv_wnd + 1, rcv_wup - 1 & 0xFFFFFFFF  # the peer's FIN is not in yet
+    if ici.sent or plan.steps:
+        sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
     if chosen:
         sock.unset += options.apply(sock, chosen, options.Phase.IN_REPAIR)
     # Last, because an injected segment changes the windows.
