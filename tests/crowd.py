@@ -1,10 +1,10 @@
 """Many connections at once, each of which echoes: a server, an adopter, and their clients.
 
-    python tests/crowd.py serve ADDRESS PORT        # an echo server; says "ready"
-    python tests/crowd.py adopted                   # the same for the sockets of LISTEN_FDS
+python tests/crowd.py serve ADDRESS PORT        # an echo server; says "ready"
+python tests/crowd.py adopted                   # the same for the sockets of LISTEN_FDS
 
-    with Crowd(net.host("client"), address, port, 10000) as crowd:
-        crowd.echo()                                # everyone says something of its own and hears it
+with Crowd(net.host("client"), address, port, 10000) as crowd:
+    crowd.echo()                                # everyone says something of its own and hears it
 """
 
 from __future__ import annotations

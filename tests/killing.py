@@ -29,10 +29,13 @@ __all__ = ["Killer", "Run"]
 
 ROOT = Path(__file__).parents[1]
 BEGIN = {"_save", "_usable"}  # functions of the verbs: what came before only looked
-STEPS = set(
-    "fork pipe2 open close read write writev link unlink fsync mkdir setsockopt send sendto sendmsg bind connect shutdown "
-    "execute executemany waitpid kill sched_setscheduler setsid dup dup2 sendall".split()
-)
+# fmt: off
+STEPS = {
+    "fork", "pipe2", "open", "close", "read", "write", "writev", "link", "unlink", "fsync", "mkdir", "setsockopt",
+    "send", "sendto", "sendmsg", "bind", "connect", "shutdown", "execute", "executemany", "waitpid", "kill",
+    "sched_setscheduler", "setsid", "dup", "dup2", "sendall",
+}
+# fmt: on
 
 
 class Run(NamedTuple):

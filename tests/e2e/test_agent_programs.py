@@ -6,6 +6,8 @@ import hashlib
 import http.client
 import threading
 import time
+from collections.abc import Sequence
+from functools import partial
 
 from tests.e2e.test_agent_move import VIP
 from tests.fix_agents import Agents
@@ -24,7 +26,7 @@ class Visitor(threading.Thread):
         with host.entered():
             self._connection = http.client.HTTPConnection(address, port, timeout=20)
             self._connection.connect()
-        self._connection.auto_open = 0  # type: ignore[misc]  # never a second connection
+        self._connection.auto_open = 0  # never a second connection
         self._path, self._digest = path, digest
         self.answers = 0
         self.error: BaseException | None = None
@@ -42,6 +44,11 @@ class Visitor(threading.Thread):
             self.error = error
         finally:
             self._connection.close()
+
+
+def _went_on(visitors: Sequence[Visitor], before: Sequence[int]) -> bool:
+    """Each has had more answers since, or says what is wrong."""
+    return all(v.answers > count + 2 or v.error is not None for v, count in zip(visitors, before, strict=True))
 
 
 def test_nginx_is_drained_and_filled_again(
@@ -62,10 +69,7 @@ def test_nginx_is_drained_and_filled_again(
             assert (done.code, done.summary["done"]) == (0, CLIENTS), [
                 each for each in done.objects if not each.get("ok")
             ]
-            before = [visitor.answers for visitor in visitors]
-            until(
-                lambda before=before: all(v.answers > n + 2 or v.error for v, n in zip(visitors, before, strict=True))
-            )
+            until(partial(_went_on, visitors, [visitor.answers for visitor in visitors]))
         for visitor in visitors:
             visitor.over = True
         for visitor in visitors:

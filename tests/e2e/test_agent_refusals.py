@@ -75,7 +75,9 @@ def test_strangers_and_garbage(lan: LanFactory, agents: Agents, certificates: Pa
                     operator.abort("nothing")
                 with pytest.raises(NotFound):
                     operator.settle("00" * 16, committed=False)
-                assert [each.local for each in operator.connections(Selector(local=parse_endpoint(f"{net.vip4}:{PORT}")))]
+                assert [
+                    each.local for each in operator.connections(Selector(local=parse_endpoint(f"{net.vip4}:{PORT}")))
+                ]
                 *_, last = operator.migrate(Selector(connection=FourTuple.parse(name(client))), b.address, steer=VIP)
         assert last.summary.done == 1
         assert says(client, b"after")
