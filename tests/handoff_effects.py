@@ -29,7 +29,7 @@ def ways(side: str, command: do.Command) -> Iterator[Way]:
         case _:
             yield "", "", lambda world: carry_out(world, side, command)
     if isinstance(command, do.FALLIBLE):
-        yield "fails", "failures", lambda world: _fail(world, side)
+        yield "fails", f"{side}_failures", lambda world: _fail(world, side)
     if isinstance(command, do.OnConnections) and len(command.connections) > 1 and type(command) in _EFFECTS:
         # Half of it is done when the process dies.
         yield "half, crash", f"{side}_crashes", lambda world: _half(world, side, command)
@@ -152,6 +152,10 @@ def _discard(world: World, side: str, command: do.Discard) -> None:
 def _rebuild(world: World, side: str, command: do.Rebuild) -> None:
     if not _ids(command) <= world.destination.records:
         raise Violation("a committed connection cannot be rebuilt: no record")
+    if any(
+        there == "e" and id in _ids(command) for id, there in zip(world.ids, world.destination.sockets, strict=True)
+    ):
+        raise Violation("a connection that came to its end is rebuilt")
     world.destination.change(command, world.ids, {"-": "s"})
 
 

@@ -37,7 +37,7 @@ def moves(world: World, *, stepwise: bool = False) -> Iterator[Move]:
 def _settle(world: World) -> None:
     for side in SIDES:
         host = world.host(side)
-        if world.faults.failures or getattr(world.faults, f"{side}_crashes"):
+        if getattr(world.faults, f"{side}_crashes") or getattr(world.faults, f"{side}_failures"):
             continue
         while host.up and host.steps and not isinstance(host.steps[0].commands[0], SLOW):
             carry_out(world, side, host.steps[0].commands[0])
@@ -138,6 +138,12 @@ def _people(world: World) -> Iterator[Move]:
         after.spend("cancels")
         after.give("source", on.Cancel())
         yield Move("the caller cancels", False, after)
+    for i, there in enumerate(world.destination.sockets):
+        if world.faults.closes and there == "r" and world.ids[i] not in world.destination.held:
+            after = world.copy()
+            after.spend("closes")
+            after.destination.sockets = after.destination.sockets[:i] + "e" + after.destination.sockets[i + 1 :]
+            yield Move("the peer closes", False, after)
     if not world.dead or world.host(world.dead).up:
         return
     # An operator knows that the other host is gone for good, and, where no registry does, what it had decided.

@@ -25,6 +25,16 @@ SIDES = ("source", "destination")
 DECIDED = ("COMMITTING", "COMMITTED", "ACTIVE", "SERVING")  # rows of the destination that are followed by no other end
 
 
+LETTERS = {
+    "r": "runs, at its owner",
+    "f": "frozen",
+    "s": "silent",
+    "w": "silent, and its owner waits at the gate",
+    "e": "ran, and came to its end",
+    "-": "none",
+}
+
+
 class Violation(AssertionError):
     """The world is as it must never be."""
 
@@ -37,9 +47,11 @@ class Faults(NamedTuple):
     cuts: int = 0
     early: int = 0  # timers that run down while something is still under way
     cancels: int = 0
-    failures: int = 0  # commands that cannot be carried out
+    source_failures: int = 0  # commands that cannot be carried out
+    destination_failures: int = 0
     outages: int = 0  # of the registry, before or after it did what it was asked
     refusals: int = 0  # connections that cannot be taken, frozen or rebuilt
+    closes: int = 0  # connections that end by themselves, after they were moved
 
 
 class Stream(NamedTuple):
@@ -61,7 +73,7 @@ class Host:
         self.up = True
         self.row: do.Row | None = None
         self.records: frozenset[bytes] = frozenset()
-        self.sockets = sockets  # r runs at its owner, f frozen, s silent, w silent and waits at the gate, - none
+        self.sockets = sockets  # see LETTERS
         self.held: frozenset[bytes] = frozenset()
         self.carried: frozenset[bytes] = frozenset()
         self.steered: frozenset[bytes] = frozenset()
@@ -137,7 +149,7 @@ class World:
         for id, here, there in pairs:
             if here == "r" and there == "r":
                 raise Violation("two owners")
-            if here == "-" and there != "r" and not decided:
+            if here == "-" and there not in "re" and not decided:
                 raise Violation("no owner: the source let go, and the destination will not rebuild it")
             if here == "f" and id not in self.source.held:
                 raise Violation("frozen without a hold: what arrives is lost")
@@ -145,7 +157,7 @@ class World:
                 raise Violation("the source's host would answer a segment with a reset")
             if there in "sw" and id not in self.destination.held:
                 raise Violation("a silent socket without a hold")
-            if id in self.destination.steered and there != "r" and id not in self.destination.held:
+            if id in self.destination.steered and there not in "re" and id not in self.destination.held:
                 raise Violation("the destination's host would answer a segment with a reset")
 
     @property
@@ -159,11 +171,11 @@ class World:
         if gone:
             return True
         pairs = set(zip(self.source.sockets, self.destination.sockets, strict=True))
-        moved = frozenset(id for id, there in zip(self.ids, self.destination.sockets, strict=True) if there == "r")
+        moved = frozenset(id for id, there in zip(self.ids, self.destination.sockets, strict=True) if there in "re")
         steered = self.source.steered == self.destination.steered == self.destination.carried == moved
         told = {"moved" if moved else "stayed"} if self.started else set()
         heard = self.source.reports == told or (self.source.died and self.source.reports <= told)
-        return pairs <= {("r", "-"), ("-", "r")} and not self.claims and steered and heard
+        return pairs <= {("r", "-"), ("-", "r"), ("-", "e")} and not self.claims and steered and heard
 
     # ---- events
 

@@ -157,6 +157,8 @@ def test_a_stranger_s_batch_does_not_free_a_connection(journal: Journal) -> None
     journal.forget(b"stranger", "destination", (Connection(moving.id, 7, moving.four_tuple),), frozenset())
     assert "not over" in journal.conflicts((Connection(moving.id, 9, moving.four_tuple),))[moving.id]
     assert journal.seen(moving.id) == 7
+    journal.forget(b"another", "destination", (moving,), frozenset())
+    assert journal.seen(moving.id) == 7
 
 
 def test_what_changed_hands_is_known_afterwards(journal: Journal) -> None:
