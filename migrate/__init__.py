@@ -22,12 +22,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from migrate.bulk import dump_many, restore_many
+    from migrate.bulk import dump_many, release_many
     from migrate.checkpoint import check, dump, release, thaw
     from migrate.errors import Error
     from migrate.hold import Hold as hold
     from migrate.ici import FourTuple, Ici, read_records, write_records
     from migrate.kernel.netns import entered as netns
+    from migrate.rebuild import activate_many, restore_many
     from migrate.restore import activate, discard, restore
     from migrate.tcpstate import TcpState
 
@@ -39,6 +40,7 @@ __all__ = [
     "Ici",
     "TcpState",
     "activate",
+    "activate_many",
     "check",
     "discard",
     "dump",
@@ -47,6 +49,7 @@ __all__ = [
     "netns",
     "read_records",
     "release",
+    "release_many",
     "restore",
     "restore_many",
     "thaw",
@@ -59,6 +62,7 @@ _HOME = {
     "Ici": "migrate.ici:Ici",
     "TcpState": "migrate.tcpstate:TcpState",
     "activate": "migrate.restore:activate",
+    "activate_many": "migrate.rebuild:activate_many",
     "check": "migrate.checkpoint:check",
     "discard": "migrate.restore:discard",
     "dump": "migrate.checkpoint:dump",
@@ -67,8 +71,9 @@ _HOME = {
     "netns": "migrate.kernel.netns:entered",
     "read_records": "migrate.ici:read_records",
     "release": "migrate.checkpoint:release",
+    "release_many": "migrate.bulk:release_many",
     "restore": "migrate.restore:restore",
-    "restore_many": "migrate.bulk:restore_many",
+    "restore_many": "migrate.rebuild:restore_many",
     "thaw": "migrate.checkpoint:thaw",
     "write_records": "migrate.ici:write_records",
 }

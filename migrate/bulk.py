@@ -1,4 +1,4 @@
-"""Many connections at once: `checkpoint.dump` and `restore.restore` for a batch, for less.
+"""Many sockets to records: `checkpoint.dump` and `checkpoint.release` for a batch, for less.
 
 What dump() asks with thirteen calls is read for all by `kernel.snapshot`, once before anything is touched, to judge,
 and once when all are in repair mode. The first connection that this process reads so is also read by dump()'s calls;
@@ -11,22 +11,21 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from migrate import checkpoint
 from migrate.errors import Error
 from migrate.fourtuple import MAPPED
 from migrate.ici import Ici, Queue
-from migrate.kernel import heap, options
+from migrate.kernel import batch, heap, options
 from migrate.kernel.snapshot import Snapshot
-from migrate.restore import Defaults, Restored, restore_with
 from migrate.tcpstate import TcpState
 
-__all__ = ["dump_many", "prepare", "restore_many"]
+__all__ = ["dump_many", "prepare", "release_many"]
 
 _FEW = 8  # connections for which getting ready is not worth its time
-_AT_ONCE = 64  # connections of which all that was read stays in the processor's caches until it is a record
+_AT_ONCE = batch.MOST  # what was read of so many stays in the processor's caches until it is a record
 _ESTABLISHED = int(TcpState.ESTABLISHED)
 _INET, _INET6, _TCP = int(socket.AF_INET), int(socket.AF_INET6), int(socket.IPPROTO_TCP)
 _PORT = struct.Struct("!H").unpack
@@ -69,6 +68,7 @@ def prepare() -> bool:
     From then on the process keeps the memory of queues for the next ones (`kernel.heap`).
     """
     heap.keep()
+    batch.shared()
     return options.prepare() and _bulk.prepare()
 
 
@@ -101,13 +101,7 @@ def _dump_some(socks: Sequence[socket.socket]) -> list[Ici | Error]:
     except (Error, OSError):  # nothing was touched: each says for itself what is wrong with it
         return [_one(sock) for sock in socks]
     results: list[Ici | Error | None] = [None] * len(socks)
-    frozen: list[int] = []
-    for place in good:
-        try:
-            checkpoint.freeze(socks[place])
-            frozen.append(place)
-        except Error as error:
-            results[place] = error
+    frozen = _freeze(socks, good, results)
     after = snapshot.take_many([descriptors[place] for place in frozen])
     now, clock = time.time_ns(), time.monotonic_ns()
     for place, numbers in zip(frozen, after, strict=True):
@@ -123,16 +117,44 @@ def _dump_some(socks: Sequence[socket.socket]) -> list[Ici | Error]:
     return [_one(socks[place]) if result is None else result for place, result in enumerate(results)]
 
 
-def restore_many(records: Iterable[Ici], *, activate: bool = True) -> list[Restored | Error]:
-    """Of each record what `restore.restore` makes of it, or why that could not be."""
-    defaults: Defaults = {}
-    results: list[Restored | Error] = []
-    for record in records:
+def _freeze(socks: Sequence[socket.socket], places: list[int], results: list[Ici | Error | None]) -> list[int]:
+    """Those of ``places`` that are in repair mode now; of the others the results say why."""
+    together = batch.shared()
+    if together is not None:
+        with together.lock:
+            if together.enter_repair([socks[place].fileno() for place in places]) is None:
+                return places
+    frozen: list[int] = []
+    for place in places:
         try:
-            results.append(restore_with(defaults, record, activate=activate))
+            checkpoint.freeze(socks[place])
+            frozen.append(place)
         except Error as error:
-            results.append(error)
+            results[place] = error
+    return frozen
+
+
+def release_many(socks: Sequence[socket.socket]) -> list[Error | None]:
+    """`checkpoint.release` for each of these frozen sockets, or why it could not be."""
+    together = batch.shared() if len(socks) >= _FEW else None
+    results: list[Error | None] = []
+    for start in range(0, len(socks), batch.MOST):
+        some = socks[start : start + batch.MOST]
+        if together is not None:
+            with together.lock:
+                if together.release([sock.fileno() for sock in some]) is None:
+                    results += [None] * len(some)
+                    continue
+        results += [_release(sock) for sock in some]
     return results
+
+
+def _release(sock: socket.socket) -> Error | None:
+    try:
+        checkpoint.release(sock)
+    except Error as error:
+        return error
+    return None
 
 
 def _one(sock: socket.socket) -> Ici | Error:

@@ -33,9 +33,21 @@ from migrate.fourtuple import MAPPED
 from migrate.ici import Ici
 from migrate.kernel import netns, options, segment, sockopt, uapi
 from migrate.kernel.nft import MARK
+from migrate.refill import RECEIVE, SEND, fill, fill_urgent, peers_window
 from migrate.tcpstate import REBUILD, Step, TcpState, Way
 
-__all__ = ["Defaults", "Restored", "activate", "discard", "restore", "restore_with"]
+__all__ = [
+    "MAXSEG_LIMIT",
+    "Defaults",
+    "Restored",
+    "activate",
+    "choose_congestion",
+    "descriptor_hint",
+    "discard",
+    "restore",
+    "restore_with",
+    "speak",
+]
 
 Defaults = dict[tuple[bytes, bytes], str]  # the congestion control that a connection between two addresses begins with
 
@@ -44,12 +56,7 @@ _PLANS = [REBUILD[TcpState(max(number, 1))] for number in range(max(TcpState) + 
 
 _INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)  # names of this module are found quicker than others
 _STREAM, _TCP, _MAXSEG = int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP), socket.TCP_MAXSEG
-_CHUNK = 1 << 20  # bytes of a queue given to one send()
-_SMALLEST_CHUNK = 1 << 10
-_AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-_MAXSEG_LIMIT = 32767  # MAX_TCP_WINDOW in include/net/tcp.h: the most TCP_MAXSEG takes
-_TRUESIZE = 4  # a queued byte's share of SO_SNDBUF and SO_RCVBUF at worst: headers and half-filled pages
-_SEND, _RECEIVE = (socket.SO_SNDBUF, uapi.SO_SNDBUFFORCE), (socket.SO_RCVBUF, uapi.SO_RCVBUFFORCE)
+MAXSEG_LIMIT = 32767  # MAX_TCP_WINDOW in include/net/tcp.h: the most TCP_MAXSEG takes
 _INJECTION = 0.5  # seconds for an injected segment to arrive
 
 
@@ -86,7 +93,7 @@ def restore_with(defaults: Defaults, ici: Ici, *, activate: bool, before_address
     try:
         sock = Restored(_INET if ici.family == 4 else _INET6, _STREAM, _TCP)
     except OSError as error:
-        raise from_oserror("making a socket", error, hint=_descriptor_hint(error)) from None
+        raise from_oserror("making a socket", error, hint=descriptor_hint(error)) from None
     try:
         sock.record, sock.unset = ici, []
         if before_address:
@@ -150,10 +157,10 @@ def _rebuild(sock: Restored, ici: Ici, defaults: Defaults) -> None:
     except OSError as error:
         raise from_oserror("TCP_REPAIR", error) from None
     mss_clamp, timestamps = ici.mss_clamp, ici.timestamps
-    sock.setsockopt(_TCP, _MAXSEG, mss_clamp if mss_clamp < _MAXSEG_LIMIT else _MAXSEG_LIMIT)
+    sock.setsockopt(_TCP, _MAXSEG, mss_clamp if mss_clamp < MAXSEG_LIMIT else MAXSEG_LIMIT)
     _connect(sock, ici)
     if ici.congestion:
-        _choose_congestion(sock, ici, defaults)
+        choose_congestion(sock, ici, defaults)
     sockopt.set_repair_options(
         sock, sockopt.repair_options(mss_clamp, ici.snd_wscale, ici.rcv_wscale, ici.sack, timestamps > 0)
     )
@@ -161,12 +168,12 @@ def _rebuild(sock: Restored, ici: Ici, defaults: Defaults) -> None:
         sockopt.set_timestamp(sock, ici.ts_value & ~1 | (timestamps == 2))
     if ici.received:  # that queue is still selected
         if ici.urgent >= 0:
-            _fill_urgent(sock, ici)
+            fill_urgent(sock, ici)
         else:
-            _fill(sock, ici.received, _RECEIVE)
+            fill(sock, ici.received, RECEIVE)
     if ici.sent:
         sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
-        _fill(sock, ici.sent, _SEND)
+        fill(sock, ici.sent, SEND)
     rcv_wnd, rcv_wup = ici.rcv_wnd, ici.rcv_wup
     if plan.steps:
         if not _steps_wait(ici):
@@ -181,7 +188,7 @@ def _rebuild(sock: Restored, ici: Ici, defaults: Defaults) -> None:
     sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, rcv_wnd, rcv_wup))
 
 
-def _choose_congestion(sock: Restored, ici: Ici, defaults: Defaults) -> None:
+def choose_congestion(sock: Restored, ici: Ici, defaults: Defaults) -> None:
     """Where it is not what connect() gave, which the namespace's default and the route (``congctl``) decide."""
     ends = ici.local, ici.remote
     if ends not in defaults:
@@ -207,10 +214,15 @@ def _activate(sock: Restored, ici: Ici) -> None:
     # The probe makes the peer repeat its window and what it has received. It is needed where segments or an
     # opening of the peer's window may have been lost, and costs most of the time of leaving repair mode.
     sockopt.leave_repair(sock, probe=bool(ici.sent or ici.unsent))
+    speak(sock, ici)
+
+
+def speak(sock: Restored, ici: Ici) -> None:
+    """What is left to do when repair mode has been left."""
     if ici.options:
         sock.unset += options.apply(sock, ici.options, options.Phase.AFTER_REPAIR)
     if ici.unsent:
-        _fill(sock, ici.unsent, _SEND, before=len(ici.sent))
+        fill(sock, ici.unsent, SEND, before=len(ici.sent))
         if _steps_wait(ici):
             with netns.entered_with(sock):  # segments are injected
                 _take_steps(sock, ici, _PLANS[ici.state].steps)
@@ -237,7 +249,9 @@ def _take_steps(sock: socket.socket, ici: Ici, steps: tuple[Step, ...]) -> None:
                     sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)  # so that the FIN counts as sent, and is not
                 sock.shutdown(socket.SHUT_WR)
                 continue
-            bare = segment.Segment(ici.four_tuple, seq=arrived, ack=ici.snd_una, flags=segment.ACK, window=_window(ici))
+            bare = segment.Segment(
+                ici.four_tuple, seq=arrived, ack=ici.snd_una, flags=segment.ACK, window=peers_window(ici)
+            )
             if injector is None:
                 injector = opened.enter_context(segment.Injector(MARK))
                 injector.inject(bare.build())  # a connection tracker takes up what begins with this, but not with a FIN
@@ -311,82 +325,8 @@ def _connect_error(ici: Ici, error: OSError) -> Error:
     return from_oserror(f"connecting {ici.four_tuple}", error)
 
 
-def _fill(sock: socket.socket, data: bytes | memoryview, buffer: tuple[int, int], *, before: int = 0) -> None:
-    """Write a queue behind the ``before`` bytes that are in its buffer. Most fit, and 64 KiB always do."""
-    try:
-        written = sock.send(data, _AT_ONCE)
-    except OSError as error:
-        if error.errno not in (errno.ENOMEM, errno.EAGAIN):
-            raise
-        written = 0
-    if written < len(data):
-        _fill_enlarged(sock, memoryview(data)[written:], buffer, before + written)
-
-
-def _fill_enlarged(sock: socket.socket, view: memoryview, buffer: tuple[int, int], before: int) -> None:
-    """Write what does not fit into the buffer, which then has its size again and is left for autotuning to change.
-
-    It is made larger only here, after connect(), which computes windows from it. Memory may be short for large
-    pieces: they are halved, down to a kilobyte, then the buffer is doubled.
-    """
-    size = room = sock.getsockopt(socket.SOL_SOCKET, buffer[0])
-    lock = sock.getsockopt(socket.SOL_SOCKET, uapi.SO_BUF_LOCK)
-    most = _TRUESIZE * (before + len(view))
-    if room < most // 2:
-        room = _set_size(sock, buffer, most // 2)
-    chunk = _CHUNK
-    while view:
-        try:
-            view = view[sock.send(view[:chunk], _AT_ONCE) :]
-        except OSError as error:
-            if error.errno not in (errno.ENOMEM, errno.EAGAIN) or (chunk <= _SMALLEST_CHUNK and room >= most):
-                raise
-            if chunk > _SMALLEST_CHUNK:
-                chunk //= 2
-            else:
-                room = _set_size(sock, buffer, room * 2)
-    if room != size:
-        _set_size(sock, buffer, size)
-        sock.setsockopt(socket.SOL_SOCKET, uapi.SO_BUF_LOCK, lock)
-
-
-def _fill_urgent(sock: socket.socket, ici: Ici) -> None:
-    """Write the receive queue. Its urgent byte has to arrive, in a segment that says so."""
-    before, at, after = (memoryview(ici.received)[part] for part in _around(ici.urgent))
-    if before:
-        _fill(sock, before, _RECEIVE)
-    seq = (ici.rcv_nxt - _PLANS[ici.state].received_fin - len(after) - 1) & 0xFFFFFFFF
-    arriving = segment.Segment(
-        ici.four_tuple, seq, ici.snd_una, segment.ACK | segment.URG, _window(ici), payload=bytes(at), urgent=1
-    )
-    with segment.Injector(MARK) as injector:
-        injector.inject(arriving.build())
-        limit = time.monotonic() + _INJECTION
-        while sockopt.queue_end(sock) != seq + 1 & 0xFFFFFFFF and time.monotonic() < limit:
-            time.sleep(0)
-    if after:
-        _fill(sock, after, _RECEIVE, before=len(before) + 1)
-
-
-def _around(place: int) -> tuple[slice, slice, slice]:
-    return slice(place), slice(place, place + 1), slice(place + 1, None)
-
-
-def _window(ici: Ici) -> int:
-    """The peer's window as a segment of its says it."""
-    return min(ici.snd_wnd >> max(ici.snd_wscale, 0), 0xFFFF)
-
-
-def _set_size(sock: socket.socket, buffer: tuple[int, int], size: int) -> int:
-    half = min(size // 2, 0x3FFFFFFF)  # the kernel doubles what it is told
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, buffer[1], half)
-    except PermissionError:  # in a user namespace: up to net.core.rmem_max and wmem_max, then
-        sock.setsockopt(socket.SOL_SOCKET, buffer[0], half)
-    return size
-
-
-def _descriptor_hint(error: OSError) -> str | None:
+def descriptor_hint(error: OSError) -> str | None:
+    """What helps where no socket can be made."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "raise the limit of open files (ulimit -n, LimitNOFILE=)"
     return None

@@ -25,7 +25,8 @@ from migrate.ici import Ici
 from migrate.kernel import sockopt, uapi
 from migrate.kernel.diag import SockDiag
 from migrate.kernel.segment import four_tuple
-from migrate.restore import activate, discard, restore
+from migrate.rebuild import activate_many, restore_many
+from migrate.restore import discard
 
 __all__ = ["Arrival", "Arrivals"]
 
@@ -157,15 +158,23 @@ class Arrivals(Driver):
         self, batch: Arrival, connections: Sequence[Connection], records: Mapping[bytes, bytes]
     ) -> dict[bytes, str]:
         refused: dict[bytes, str] = {}
+        good: list[tuple[Connection, Ici]] = []
         for connection in connections:
             try:
                 record = Ici.decode(records[connection.id])
                 said = record.id, record.epoch, record.four_tuple
                 if said != (connection.id, connection.epoch, connection.four_tuple):
                     raise Conflict("its record is of another connection")
-                batch.sockets[connection.four_tuple] = restore(record, activate=False)
             except Error as error:
                 refused[connection.id] = error.what
+            else:
+                good.append((connection, record))
+        built = restore_many([record for _, record in good], activate=False)
+        for (connection, _), sock in zip(good, built, strict=True):
+            if isinstance(sock, Error):
+                refused[connection.id] = sock.what
+            else:
+                batch.sockets[connection.four_tuple] = sock
         return refused
 
     def _rebuild(self, batch: Arrival, command: do.Rebuild) -> Again | None:
@@ -219,13 +228,10 @@ class Arrivals(Driver):
     def _activate(self, batch: Arrival, command: do.Activate) -> None:
         tuples = tuples_of(command.connections)
         self.host.holds.open(batch.machine.batch, tuples)
-        for each in tuples:
-            sock = batch.sockets.get(each)
-            if sock is not None:
-                try:
-                    activate(sock)
-                except Error as error:
-                    _log.warning("activation failed", connection=each, why=str(error))
+        there = [each for each in tuples if each in batch.sockets]
+        for each, error in zip(there, activate_many([batch.sockets[each] for each in there]), strict=True):
+            if error is not None:
+                _log.warning("activation failed", connection=each, why=str(error))
         batch.active = True
         try:
             self.host.holds.replay(tuples)

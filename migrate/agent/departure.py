@@ -15,8 +15,8 @@ from migrate.agent.engine import Again, Batch, Later
 from migrate.agent.logging import get_logger
 from migrate.agent.metrics import Phase
 from migrate.agent.steering import address_of
-from migrate.bulk import dump_many
-from migrate.checkpoint import release, thaw
+from migrate.bulk import dump_many, release_many
+from migrate.checkpoint import thaw
 from migrate.errors import Error, Gone, HostError
 from migrate.fourtuple import FourTuple
 from migrate.handoff import commands as do
@@ -190,9 +190,7 @@ class Departures(Driver):
         sockets = [batch.sockets.pop(each) for each in tuples_of(command.connections) if each in batch.sockets]
         # The owner wakes up at once. If it ran before repair mode is left, it would see EPERM instead of ECONNABORTED.
         with undisturbed():
-            for sock in sockets:
-                with contextlib.suppress(Error):
-                    release(sock)
+            release_many(sockets)
         for sock in sockets:
             sock.close()
         batch.frozen.clear()

@@ -29,7 +29,7 @@ from migrate.kernel import netns, option_values
 from migrate.kernel.fingerprint import Fingerprint, Print
 from migrate.kernel.option_table import BY_NAME, OPTIONS, Kind, Option, Phase, Value
 
-__all__ = ["Kind", "Phase", "Value", "apply", "flowinfo", "prepare", "read", "read_many"]
+__all__ = ["Kind", "Phase", "Value", "apply", "due", "flowinfo", "prepare", "read", "read_many"]
 
 PAYS_OFF = 1000  # sockets asked the long way cost as much as getting fingerprints ready
 MEMORY = 1.0  # seconds: as long a host's changed settings may go unnoticed
@@ -237,6 +237,11 @@ def apply(sock: socket.socket, options: Mapping[str, Value], phase: Phase) -> li
         except (TypeError, ValueError, OverflowError, struct.error):  # a value of another form than this option's
             left.append(name)
     return left
+
+
+def due(options: Mapping[str, Value], phase: Phase) -> bool:
+    """Whether anything of ``options`` is set at that moment."""
+    return bool(_schedule(tuple(options))[phase][0])
 
 
 class _Step(NamedTuple):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from migrate import Error, Ici, activate, bulk, dump_many, release, restore_many
+from migrate import Error, Ici, activate_many, bulk, dump_many, release_many, restore_many
 
 PHASES = ("save", "close", "restore", "resume")
 LOOPBACK = "ip link set lo up mtu 1500 && ip route replace local 127.0.0.1 dev lo table local initcwnd 100"
@@ -147,15 +147,13 @@ class Subject:
         with cost.phase("save"):
             records = [_done(record) for record in dump_many(old)]
         with cost.phase("close"):
-            for sock in old:
-                release(sock)
+            _all_done(release_many(old))
         for sock in old:  # the application's, not counted
             sock.close()
         with cost.phase("restore"):
             new = [_done(sock) for sock in restore_many(records, activate=False)]
         with cost.phase("resume"):
-            for sock in new:
-                activate(sock)
+            _all_done(activate_many(new))
         wanted = (self.arguments.receive, self.arguments.unacked or self.arguments.unsent)
         for record in records:
             if (len(record.received), len(record.sent) + len(record.unsent)) != wanted:
@@ -187,6 +185,11 @@ def _done(result: Moved | Error) -> Moved:
     if isinstance(result, Error):
         raise SystemExit(f"not moved: {result}")
     return result
+
+
+def _all_done(results: list[Error | None]) -> None:
+    if any(results):
+        raise SystemExit(f"not moved: {next(filter(None, results))}")
 
 
 def _queued(sock: socket.socket, request: int) -> int:

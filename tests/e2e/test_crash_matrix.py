@@ -12,11 +12,13 @@ import queue
 import re
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +38,8 @@ from tests.waiting import until
 WORKERS = 4
 PORT = 8000
 CUT = 7.0  # seconds: longer than the agents wait for each other's answers
+# Passed only when segments were kept after the first Released: the usual run may or may not.
+AT_TIMES = ("source:LINGERING:ACTIVATED", "destination:SERVING:RELEASED")
 MACHINES = {"source": SourceHandoff, "destination": DestinationHandoff}
 
 
@@ -103,10 +107,11 @@ class Bench:
                 except queue.Empty:
                     return
                 began = time.monotonic()
+                begun = [agent.log.stat().st_size for agent in (self.a, self.b)]
                 try:
                     self.one(case)
                 except BaseException as error:
-                    case.problem = f"{type(error).__name__}: {error}"
+                    case.problem = f"{type(error).__name__}: {error}; {self.rest()}\n{self.said(begun)}"
                     self.reset()
                 case.seconds = time.monotonic() - began
 
@@ -120,25 +125,39 @@ class Bench:
             four_tuple = self.name(talk.sock)
             mover = threading.Thread(target=self.move, args=(four_tuple,), daemon=True)
             mover.start()
-            with contextlib.suppress(AssertionError):
-                until(lambda: process.poll() is not None or stopped(process.pid), within=4)
+            if self.reached(process, mover):
                 case.outcome = case.fate
             if case.outcome == "kill":
                 dying.start()
             elif case.outcome == "delay":
                 time.sleep(CUT)
                 process.send_signal(signal.SIGCONT)
-            elif case.outcome != "not reached":
+            elif case.outcome == "drop":
                 with self.cut():
                     process.send_signal(signal.SIGCONT)
                     time.sleep(CUT)
+            else:  # or it would stop there in another case
+                mover.join(40)
+                dying.stop()
+                dying.start()
             mover.join(40)
-            until(lambda: self.a.settled() and self.b.settled(), within=30, what=self.rest())
+            until(lambda: self.a.settled() and self.b.settled(), within=30, what="both settled")
             talk.goes_on()
             alive = self.alive(four_tuple)
             assert len(alive) == 1, f"alive on {alive}"
             case.outcome = f"{case.outcome}, lives on {alive[0]}"
         self.reset()
+
+    def reached(self, process: subprocess.Popen[Any], mover: threading.Thread) -> bool:
+        """Whether the agent comes to its point: before the move is over, or soon after (it lingers for a second)."""
+
+        def there() -> bool:
+            return process.poll() is not None or stopped(process.pid)
+
+        until(lambda: there() or not mover.is_alive(), within=60, what="the point, or the end of the move")
+        with contextlib.suppress(AssertionError):
+            until(there, within=4)
+        return there()
 
     @contextlib.contextmanager
     def cut(self) -> Iterator[None]:
@@ -158,7 +177,7 @@ class Bench:
     def move(self, four_tuple: str) -> None:
         with contextlib.suppress(Error), Client(f"unix:{self.a.socket}") as client:
             chosen = Selector(connection=FourTuple.parse(four_tuple))
-            for _ in client.migrate(chosen, self.b.address, steer="vip:eth0", when_quiet=5):
+            for _ in client.migrate(chosen, self.b.address, steer="vip:eth0", when_quiet=30):
                 pass
 
     @contextlib.contextmanager
@@ -186,6 +205,11 @@ class Bench:
                 if any(each.owners for each in find(Selector(connection=FourTuple.parse(four_tuple)))):
                     found.append(name)
         return found
+
+    def said(self, begun: list[int]) -> str:
+        """What both agents logged of this case."""
+        logs = [agent.log.read_text()[size:] for agent, size in zip((self.a, self.b), begun, strict=True)]
+        return "\n".join(f"{name}: {line}" for name, log in zip("ab", logs, strict=True) for line in log.splitlines())
 
     def rest(self) -> str:
         return f"a has {self.a.rows()}, {self.a.held()} held; b has {self.b.rows()}, {self.b.held()} held"
@@ -260,8 +284,8 @@ def test_killed_at_every_point(lan: LanFactory, agents: Agents) -> None:
     cases = [Case(point) for point in matrix.usual_points()]
     matrix.run(cases)
     # What has nothing to act on is left out of a step, and its points are not passed.
-    spared = {case.point.rpartition(":")[2] for case in cases if "kill" not in case.outcome}
-    assert spared <= {"Thaw", "Discard", "Rebuild", "Unclaim"}
+    spared = [case.point for case in cases if "kill" not in case.outcome and not case.point.startswith(AT_TIMES)]
+    assert {point.rpartition(":")[2] for point in spared} <= {"Thaw", "Discard", "Rebuild", "Unclaim"}
 
 
 @pytest.mark.timeout(400)
@@ -270,4 +294,4 @@ def test_link_cut_at_every_transition(lan: LanFactory, agents: Agents, tmp_path:
     transitions = [point for point in matrix.usual_points() if point.count(":") == 2]
     cases = [Case(point, fate) for point in transitions for fate in ("delay", "drop")]
     matrix.run(cases)
-    assert all(case.fate in case.outcome for case in cases)
+    assert all(case.fate in case.outcome or case.point in AT_TIMES for case in cases)

@@ -9,7 +9,7 @@ from functools import partial
 import msgspec
 import pytest
 
-from migrate import bulk
+from migrate import bulk, rebuild
 from migrate.checkpoint import dump, release, thaw
 from migrate.errors import Conflict, Refused
 from migrate.ici import Ici
@@ -131,7 +131,7 @@ def test_many_live_on_and_one_that_cannot_be_restored_does_not_stop_the_others(
     for sock in ours:
         release(sock)
     with netns.entered_with(ours[0]):
-        first, again, *others = bulk.restore_many([records[0], *records])
+        first, again, *others = rebuild.restore_many([records[0], *records])
     assert isinstance(again, Conflict)
     for (far, _), moved in zip(pairs, [first, *others], strict=True):
         assert isinstance(moved, socket.socket)

@@ -28,7 +28,9 @@ LAYERS = (
     "kernel",
     "unconnected",
     "checkpoint",
+    "refill",
     "restore",
+    "rebuild",
     "pathstate",
     "bulk",
     "hold",
@@ -48,6 +50,7 @@ LAYERS = (
 # which tries them all.
 KERNEL_BASE = {"uapi", "netns", "tcpinfo"}
 KERNEL_NEIGHBOURS = {
+    "batch": {"sockopt", "uring"},
     "congestion": {"bpf", "btf"},
     "fingerprint": {"btf", "option_table", "sockmem"},
     "nf_tables": {"nfnetlink"},

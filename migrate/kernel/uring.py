@@ -1,0 +1,238 @@
+"""io_uring(7), as far as calls on sockets need it: one system call makes many of them, in their order.
+
+A `Program` is a row of calls that many sockets get alike. It is written once into the ring's memory: for each socket
+only its descriptor and the values of its calls are filled in. That costs a third of an interpreter's own calls.
+
+The kernel carries such calls out while they are submitted, one after the other. A call that fails does not keep the
+socket's next ones from being made: where that matters, the row has to be cut into two programs. Should the kernel ever
+put a call off (it has no reason to), the ring is given up.
+
+Source: include/uapi/linux/io_uring.h; io_uring_setup(2), io_uring_enter(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from migrate.errors import HostError
+
+__all__ = ["Call", "Program", "Ring", "Values", "bind", "connect", "setsockopt"]
+
+_SETUP, _ENTER = 425, 426  # system calls, the same on every architecture
+_OP_CONNECT, _OP_URING_CMD, _OP_BIND = 16, 46, 56
+_CMD_SETSOCKOPT = 3  # SOCKET_URING_OP_SETSOCKOPT
+_SKIP_SUCCESS = 1 << 6  # IOSQE_CQE_SKIP_SUCCESS
+_OFF_SQES = 0x10000000
+_CLAMP = 1 << 4  # IORING_SETUP_CLAMP
+_SINGLE_MMAP, _SKIP = 1 << 0, 1 << 11  # IORING_FEAT_*
+
+_PARAMETERS = struct.Struct("=7I3I10I10I")  # struct io_uring_params
+_SQE = struct.Struct("=BBHiQQIIQHHIQQ")  # struct io_uring_sqe, 64 bytes
+_CQE = struct.Struct("=QiI")  # struct io_uring_cqe
+_WORD = struct.Struct("=I")
+_SQE_WORDS = _SQE.size // 4
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Call(NamedTuple):
+    """One call; ``offset`` and ``length`` say where in the socket's values what it takes lies, in bytes."""
+
+    operation: int
+    offset: int
+    length: int
+    level: int = 0
+    option: int = 0
+
+    def entry(self, address: int, place: int, *, last: bool) -> bytes:
+        """The submission for a socket whose values lie at ``address``, its descriptor still missing."""
+        flags, at = 0 if last else _SKIP_SUCCESS, address + self.offset
+        if self.operation == _OP_URING_CMD:
+            option = self.level | self.option << 32
+            return _SQE.pack(
+                self.operation, flags, 0, -1, _CMD_SETSOCKOPT, option, 0, 0, place, 0, 0, self.length, at, 0
+            )
+        return _SQE.pack(self.operation, flags, 0, -1, self.length, at, 0, 0, place, 0, 0, 0, 0, 0)
+
+
+def setsockopt(level: int, option: int, offset: int, length: int = 4) -> Call:
+    """As setsockopt(2)."""
+    return Call(_OP_URING_CMD, offset, length, level, option)
+
+
+def bind(offset: int, length: int) -> Call:
+    """As bind(2)."""
+    return Call(_OP_BIND, offset, length)
+
+
+def connect(offset: int, length: int) -> Call:
+    """As connect(2), on a socket that does not wait."""
+    return Call(_OP_CONNECT, offset, length)
+
+
+class Ring:
+    """A ring and the memory of its programs, which need ``entries`` together. Not for several threads at a time.
+
+    Raises HostError where the kernel has no io_uring that can do this, or does not allow it.
+    """
+
+    def __init__(self, entries: int) -> None:
+        parameters = bytearray(_PARAMETERS.size)
+        struct.pack_into("=I", parameters, 8, _CLAMP)
+        memory = (ctypes.c_char * len(parameters)).from_buffer(parameters)
+        self._fd: int = _libc.syscall(_SETUP, entries, memory)
+        if self._fd < 0:
+            raise _unavailable(ctypes.get_errno())
+        self._maps: list[mmap.mmap] = []
+        try:
+            self._map(parameters, entries)
+        except (OSError, ValueError) as error:
+            self.close()
+            raise _unavailable(getattr(error, "errno", 0) or 0) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _map(self, parameters: bytearray, entries: int) -> None:
+        values = _PARAMETERS.unpack(parameters)
+        self._entries, self._completions, features = values[0], values[1], values[5]
+        submission, completion = values[10:20], values[20:30]
+        if self._entries < entries or not features & _SINGLE_MMAP or not features & _SKIP:
+            raise HostError("this kernel's io_uring is too old")
+        self._tail, self._array = submission[1], submission[6]
+        self._done_head, self._done_tail, self._cqes = completion[0], completion[1], completion[5]
+        length = max(self._array + 4 * self._entries, self._cqes + _CQE.size * self._completions)
+        self._rings = mmap.mmap(self._fd, length)
+        self._maps.append(self._rings)
+        self._sqes = mmap.mmap(self._fd, _SQE.size * self._entries, offset=_OFF_SQES)
+        self._maps.append(self._sqes)
+        self._used = 0
+
+    @property
+    def closed(self) -> bool:
+        """Given back, or given up."""
+        return self._fd < 0
+
+    def close(self) -> None:
+        """Give it back; again does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def program(self, calls: Sequence[Call], values: Values) -> Program:
+        """Room for these calls on as many sockets as ``values`` are for."""
+        first, count = self._used, len(calls) * values.sockets
+        assert first + count <= self._entries
+        self._used += count
+        program = Program(self, first, calls, values)
+        self._sqes[_SQE.size * first : _SQE.size * (first + count)] = program.entries()
+        return program
+
+    def descriptors(self, first: int, count: int) -> memoryview:
+        """Where the descriptors of these entries are, for assignment."""
+        words = memoryview(self._sqes).cast("i")
+        return words[first * _SQE_WORDS + 1 : (first + count) * _SQE_WORDS : _SQE_WORDS]
+
+    def submit(self, order: bytes, finished: bytes) -> dict[int, int] | None:
+        """Make the calls of the entries whose numbers ``order`` holds, as native words.
+
+        None if nothing but ``finished`` came back, which is what comes if nothing fails; else the numbers (user_data)
+        that a failed call had, and errno; -1 stands for all if the ring cannot be trusted any more, and is closed.
+        """
+        if self._fd < 0:
+            return {-1: errno.EBADF}
+        rings, count = self._rings, len(order) // 4
+        (tail,) = _WORD.unpack_from(rings, self._tail)
+        at = tail & self._entries - 1
+        room = 4 * (self._entries - at)
+        begin = self._array + 4 * at
+        rings[begin : begin + min(room, len(order))] = order[:room]
+        if len(order) > room:
+            rings[self._array : self._array + len(order) - room] = order[room:]
+        _WORD.pack_into(rings, self._tail, tail + count & 0xFFFFFFFF)
+        submitted = _libc.syscall(_ENTER, self._fd, count, 0, 0, None, 0)
+        (head,) = _WORD.unpack_from(rings, self._done_head)
+        (end,) = _WORD.unpack_from(rings, self._done_tail)
+        came = end - head & 0xFFFFFFFF
+        at, size = head & self._completions - 1, _CQE.size
+        first = min(came, self._completions - at)
+        begin = self._cqes + size * at
+        found = rings[begin : begin + size * first] + rings[self._cqes : self._cqes + size * (came - first)]
+        _WORD.pack_into(rings, self._done_head, end)
+        if submitted == count and found == finished:
+            return None
+        return self._failures(found, finished, submitted == count)
+
+    def _failures(self, found: bytes, finished: bytes, complete: bool) -> dict[int, int]:
+        failed: dict[int, int] = {}
+        missing = {place for place, _, _ in _CQE.iter_unpack(finished)}
+        for place, result, _ in _CQE.iter_unpack(found):
+            missing.discard(place)
+            if result < 0:
+                failed.setdefault(place, -result)
+        # A last call that failed tells of itself too. One that tells nothing goes on somewhere: nobody may wait for it.
+        if not complete or missing:
+            self.close()
+            failed[-1] = errno.EAGAIN
+        return failed
+
+
+class Values:
+    """Memory for what the calls on so many sockets take: of each those of ``form``, then ``constants``."""
+
+    def __init__(self, form: struct.Struct, constants: bytes, sockets: int) -> None:
+        self.sockets, self.size = sockets, form.size + len(constants)
+        self._memory = mmap.mmap(-1, self.size * sockets)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._pack = form.pack_into
+        for place in range(sockets):
+            self._memory[place * self.size + form.size : (place + 1) * self.size] = constants
+
+    def put(self, place: int, *values: Any) -> None:
+        """The values of that socket's calls."""
+        self._pack(self._memory, place * self.size, *values)
+
+
+class Program:
+    """Calls for up to so many sockets at once; `Ring.program` makes it."""
+
+    def __init__(self, ring: Ring, first: int, calls: Sequence[Call], values: Values) -> None:
+        self._ring, self._first, self._calls, self._values = ring, first, tuple(calls), values
+        every = array("I", range(first, first + len(calls) * values.sockets)).tobytes()
+        finished = b"".join(_CQE.pack(place, 0, 0) for place in range(values.sockets))
+        step = 4 * len(calls)
+        self._orders = [every[: step * count] for count in range(values.sockets + 1)]
+        self._finished = [finished[: _CQE.size * count] for count in range(values.sockets + 1)]
+
+    def entries(self) -> bytes:
+        """The submissions of all sockets, without descriptors."""
+        last, values = len(self._calls) - 1, self._values
+        return b"".join(
+            call.entry(values.address + place * values.size, place, last=number == last)
+            for place in range(values.sockets)
+            for number, call in enumerate(self._calls)
+        )
+
+    def run(self, descriptors: Sequence[int]) -> dict[int, int] | None:
+        """Make the calls on these sockets. None if none failed; else place and errno, or -1 for all, see `Ring.submit`.
+
+        Of a socket with a failed call all the others were tried nevertheless.
+        """
+        count, calls = len(descriptors), len(self._calls)
+        every = array("i", descriptors if calls == 1 else [each for each in descriptors for _ in range(calls)])
+        self._ring.descriptors(self._first, count * calls)[:] = memoryview(every)
+        return self._ring.submit(self._orders[count], self._finished[count])
+
+
+def _unavailable(number: int) -> HostError:
+    return HostError(
+        f"io_uring cannot be used here: {os.strerror(number)}",
+        hint="sysctl kernel.io_uring_disabled=0, a seccomp profile that allows it, Linux 6.11",
+    )

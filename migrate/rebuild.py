@@ -1,0 +1,181 @@
+"""Many records to sockets: `restore.restore` and `restore.activate` for a batch, for less.
+
+Established connections, which nearly all are, are rebuilt together by `kernel.batch`: the same calls in the same order,
+but one system call for all. Whatever goes wrong with one is tried again by itself and says what it is.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Sequence
+
+from migrate.errors import Error, from_oserror
+from migrate.ici import Ici
+from migrate.kernel import batch, options, sockopt, uapi
+from migrate.refill import RECEIVE, SEND, fill
+from migrate.restore import (
+    MAXSEG_LIMIT,
+    Defaults,
+    Restored,
+    activate,
+    choose_congestion,
+    discard,
+    restore_with,
+    speak,
+)
+from migrate.tcpstate import TcpState
+
+__all__ = ["activate_many", "restore_many"]
+
+_FEW = 8  # connections for which getting ready is not worth its time
+_ESTABLISHED = int(TcpState.ESTABLISHED)
+_INET, _INET6, _STREAM = int(socket.AF_INET), int(socket.AF_INET6), int(socket.SOCK_STREAM)
+_TCP = int(socket.IPPROTO_TCP)
+
+Results = list[Restored | Error]
+
+
+def restore_many(records: Iterable[Ici], *, activate: bool = True) -> Results:
+    """Of each record what `restore.restore` makes of it, or why that could not be."""
+    records = list(records)
+    defaults: Defaults = {}
+    together = batch.shared() if len(records) >= _FEW else None
+    results: Results = []
+    for start in range(0, len(records), batch.MOST):
+        some = records[start : start + batch.MOST]
+        if together is None:
+            results += [_one(defaults, record) for record in some]
+        else:
+            with together.lock:
+                results += _some(together, defaults, some)
+    if activate:
+        built = [sock for sock in results if isinstance(sock, Restored)]
+        why = dict(zip(built, activate_many(built), strict=True))
+        results = [why.get(sock) or sock if isinstance(sock, Restored) else sock for sock in results]
+    return results
+
+
+def activate_many(socks: Sequence[socket.socket]) -> list[Error | None]:
+    """`restore.activate` for each of these silent sockets, or why it could not be."""
+    together = batch.shared() if len(socks) >= _FEW else None
+    results: list[Error | None] = []
+    for start in range(0, len(socks), batch.MOST):
+        some = socks[start : start + batch.MOST]
+        plain = [(sock, sock.record) for sock in some if isinstance(sock, Restored) and sock.record is not None]
+        if together and len(plain) == len(some) and all(record.state == _ESTABLISHED for _, record in plain):
+            with together.lock:
+                results += _speak(together, plain)
+        else:
+            results += [_activate(sock) for sock in some]
+    return results
+
+
+def _some(together: batch.Batch, defaults: Defaults, records: Sequence[Ici]) -> Results:
+    """The plain ones together, the others one by one."""
+    results: list[Restored | Error | None] = [None] * len(records)
+    places: list[int] = []
+    socks: list[Restored] = []
+    try:
+        for place, record in enumerate(records):
+            if record.state != _ESTABLISHED or record.urgent >= 0:
+                continue
+            if record.options and options.due(record.options, options.Phase.BEFORE_CONNECT):
+                continue
+            sock = Restored(_INET if record.family == 4 else _INET6, _STREAM, _TCP)
+            sock.record, sock.unset = record, []
+            socks.append(sock)
+            if record.options:
+                sock.unset += options.apply(sock, record.options, options.Phase.BEFORE_BIND)
+            _put(together, len(places), record)
+            places.append(place)
+        descriptors = [sock.fileno() for sock in socks]
+        if together.begin(descriptors) is None:  # else no connect(): it would begin a handshake
+            failed = together.connect(descriptors) or {}
+            for number, (place, sock) in enumerate(zip(places, socks, strict=True)):
+                if number not in failed and -1 not in failed and _finish(defaults, sock, records[place]):
+                    results[place] = sock
+    except (Error, OSError):
+        pass  # which one by one say why
+    finally:
+        done = set(map(id, filter(None, results)))
+        for sock in socks:
+            if id(sock) not in done:
+                discard(sock)
+    return [result or _one(defaults, record) for result, record in zip(results, records, strict=True)]
+
+
+def _put(together: batch.Batch, place: int, ici: Ici) -> None:
+    snd_una, rcv_nxt, rcv_wup, mss, timestamps = ici.snd_una, ici.rcv_nxt, ici.rcv_wup, ici.mss_clamp, ici.timestamps
+    if ici.received:  # that queue is filled later, and the windows are set again
+        rcv_nxt = rcv_wup = rcv_nxt - len(ici.received) & 0xFFFFFFFF
+    together.put(
+        place,
+        _INET if ici.family == 4 else _INET6,
+        (ici.local, ici.local_port),
+        (ici.remote, ici.remote_port),
+        snd_una,
+        rcv_nxt,
+        mss if mss < MAXSEG_LIMIT else MAXSEG_LIMIT,
+        sockopt.repair_options(mss, ici.snd_wscale, ici.rcv_wscale, ici.sack, timestamps > 0),
+        ici.ts_value & ~1 | (timestamps == 2),
+        ici.snd_wl1,
+        ici.snd_wnd,
+        ici.max_window,
+        ici.rcv_wnd,
+        rcv_wup,
+    )
+
+
+def _finish(defaults: Defaults, sock: Restored, ici: Ici) -> bool:
+    """What not all need: congestion control, queues, options. False if that cannot be."""
+    try:
+        if ici.congestion:
+            choose_congestion(sock, ici, defaults)
+        if ici.received:  # that queue is still selected
+            fill(sock, ici.received, RECEIVE)
+        if ici.sent:
+            sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
+            fill(sock, ici.sent, SEND)
+            sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
+        if ici.options:
+            sock.unset += options.apply(sock, ici.options, options.Phase.IN_REPAIR)
+        if ici.options or ici.received or ici.sent:
+            sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup))
+    except (Error, OSError):
+        return False
+    return True
+
+
+def _one(defaults: Defaults, record: Ici) -> Restored | Error:
+    try:
+        return restore_with(defaults, record, activate=False)
+    except Error as error:
+        return error
+
+
+def _speak(together: batch.Batch, plain: Sequence[tuple[Restored, Ici]]) -> list[Error | None]:
+    failed = together.leave_repair(
+        [sock.fileno() for sock, _ in plain], [bool(ici.sent or ici.unsent) for _, ici in plain]
+    )
+    if failed:
+        return [_activate(sock) for sock, _ in plain]
+    results: list[Error | None] = []
+    for sock, ici in plain:
+        try:
+            if ici.options or ici.unsent:
+                speak(sock, ici)
+            sock.record = None
+            results.append(None)
+        except Error as error:
+            results.append(error)
+        except OSError as error:
+            results.append(from_oserror("activating a restored connection", error))
+    return results
+
+
+def _activate(sock: socket.socket) -> Error | None:
+    try:
+        activate(sock)
+    except Error as error:
+        return error
+    return None

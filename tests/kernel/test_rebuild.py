@@ -1,0 +1,212 @@
+"""Many restored at once are as those restored one by one, nobody speaks too early, and io_uring may be missing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import socket
+import struct
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from migrate import rebuild
+from migrate.bulk import dump_many, release_many
+from migrate.checkpoint import dump, thaw
+from migrate.errors import Conflict, Error, HostError, PrivilegeError
+from migrate.ici import Ici
+from migrate.kernel import batch, netns, sockopt, uring
+from migrate.kernel.batch import Batch
+from migrate.kernel.uring import Ring, Values, setsockopt
+from tests.fix_netns import LanFactory
+from tests.kernel.test_bulk import liven, pairs
+from tests.peers import connect
+
+__all__ = ["pairs"]
+
+# Time goes on; the path is learnt anew; what was never sent, and some options, come when it is activated.
+CHANGES = {"origin_time", "ts_value", "srtt_us", "rttvar_us", "cwnd", "ssthresh", "mss", "unsent", "options"}
+
+Pairs = list[tuple[socket.socket, socket.socket]]
+
+
+@pytest.fixture(params=["together", "one by one"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """With io_uring, and as on a host that does not allow it."""
+    state = batch._Shared()
+    state.able = request.param == "together"
+    monkeypatch.setattr(batch, "_shared", state)
+    yield request.param
+    assert (batch.shared() is not None) == (request.param == "together")
+    state.forget()
+
+
+def taken(pairs: Pairs) -> list[Ici]:
+    """The records of our ends, which are released."""
+    ours = [near for _, near in pairs]
+    records = [record for record in dump_many(ours) if isinstance(record, Ici)]
+    assert len(records) == len(ours)
+    assert release_many(ours) == [None] * len(ours)
+    for sock in ours:
+        with pytest.raises(ConnectionAbortedError):
+            sock.send(b"?")
+    return records
+
+
+def test_restored_as_one_by_one(pairs: Pairs, way: str) -> None:
+    """What is dumped from the silent sockets is what they were made from; then they talk."""
+    liven(pairs)
+    records = taken(pairs)
+    arrived = [sockopt.received_length(far) for far, _ in pairs]
+    assert {bool(each.received) for each in records} == {bool(each.unsent) for each in records} == {False, True}
+    with netns.entered_with(pairs[0][1]):
+        silent = rebuild.restore_many(records, activate=False)
+    for sock, record in zip(silent, records, strict=True):
+        assert isinstance(sock, socket.socket)
+        assert sockopt.in_repair(sock)
+        again = msgspec.structs.asdict(dump(sock))
+        before = msgspec.structs.asdict(record)
+        unlike = {name: (again[name], value) for name, value in before.items() if again[name] != value}
+        assert unlike.keys() <= CHANGES, unlike
+    assert rebuild.activate_many([sock for sock in silent if isinstance(sock, socket.socket)]) == [None] * len(silent)
+    for number, ((far, _), sock, record) in enumerate(zip(pairs, silent, records, strict=True)):
+        assert isinstance(sock, socket.socket)
+        with sock:
+            assert received(sock, len(record.received)) == bytes(record.received)
+            sock.sendall(b"!")
+            wanted = bytes(arrived[number]) + bytes(record.sent) + bytes(record.unsent) + b"!"
+            assert received(far, len(wanted)) == wanted
+            assert (sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) != 0) == (number % 5 == 4)
+            assert sockopt.congestion(sock) == record.congestion
+
+
+def received(sock: socket.socket, length: int) -> bytes:
+    sock.settimeout(5)
+    data = b""
+    while len(data) < length:
+        data += sock.recv(length - len(data))
+    return data
+
+
+def test_each_says_what_is_wrong_with_it(pairs: Pairs, way: str) -> None:
+    """One exists, one's address is elsewhere, the others live."""
+    records = taken(pairs)
+    elsewhere = msgspec.structs.replace(records[1], local=bytes(len(records[1].local) - 1) + b"\x63")
+    with netns.entered_with(pairs[0][1]):
+        results = rebuild.restore_many([records[0], records[0], elsewhere, *records[2:]])
+    assert [type(each) for each in results[1:3]] == [Conflict, HostError]
+    assert not any(isinstance(each, Error) for each in [results[0], *results[3:]])
+    for sock in results:
+        if isinstance(sock, socket.socket):
+            sock.close()
+
+
+def test_without_privilege_no_segment_leaves(lan: LanFactory, way: str) -> None:
+    """Where repair mode is refused, a connect() would begin a handshake."""
+    net = lan("client", "a")
+    client, a = net.host("client"), net.host("a")
+    far, near = connect(client, a, a.ip4)
+    record = dump(near)
+    thaw(near, record)
+    with client.entered():
+        listener = socket.create_server((client.ip4, 0))
+    copies = [
+        msgspec.structs.replace(record, remote_port=listener.getsockname()[1], local_port=40000 + number)
+        for number in range(10)
+    ]
+    child = os.fork()
+    if not child:
+        try:
+            with a.entered():
+                os.setresuid(65534, 65534, 65534)
+                results = rebuild.restore_many(copies)
+                os._exit(0 if all(isinstance(each, PrivilegeError) for each in results) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    listener.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        listener.accept()
+    for sock in (far, near, listener):
+        sock.close()
+
+
+def test_out_of_descriptors(pairs: Pairs, way: str) -> None:
+    """Half of a batch finds room: the others say what helps."""
+    records = taken(pairs)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with netns.entered_with(pairs[0][1]):
+        batch.shared()
+        full = [os.dup(0) for _ in range(100)]
+        for descriptor in full[:5]:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(full) + 1, hard))
+        try:
+            results = rebuild.restore_many(records)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for descriptor in full[5:]:
+                os.close(descriptor)
+    errors = [each for each in results if isinstance(each, Error)]
+    assert 0 < len(errors) < len(records)
+    assert all("ulimit" in str(each) for each in errors)
+    for sock in results:
+        if isinstance(sock, socket.socket):
+            sock.close()
+
+
+def test_a_ring_that_puts_calls_off_is_given_up() -> None:
+    """What did not come back may still be made, some time: nobody uses that ring any more."""
+    ring = Ring(8)
+    values = Values(struct.Struct("=i"), b"", 2)
+    program = ring.program([setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 0)], values)
+    with socket.socket() as one, socket.socket() as other:
+        values.put(0, 3)
+        values.put(1, 5)
+        assert program.run([one.fileno(), other.fileno()]) is None
+        assert [each.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) for each in (one, other)] == [3, 5]
+        values.put(1, 10_000_000)
+        assert program.run([one.fileno(), -1]) == {1: errno.EBADF}
+        assert not ring.closed
+        program._finished[1] = program._finished[2]  # as if one had not come back
+        assert (program.run([one.fileno()]) or {})[-1] == errno.EAGAIN
+        assert ring.closed
+        assert program.run([one.fileno()]) == {-1: errno.EBADF}
+
+
+def test_more_than_the_ring_has_room_for_at_once() -> None:
+    """Entries are used again and again, at every place of the ring."""
+    ring = Ring(16)
+    values = Values(struct.Struct("=i"), b"", 5)
+    program = ring.program(
+        [setsockopt(socket.SOL_SOCKET, option, 0) for option in (socket.SO_PRIORITY, socket.SO_RCVLOWAT)], values
+    )
+    with socket.socket() as sock:
+        for number in range(1, 100):
+            for place in range(1 + number % 5):
+                values.put(place, 1 + (number + place) % 6)
+            assert program.run([sock.fileno()] * (1 + number % 5)) is None
+            wanted = 1 + (number + number % 5) % 6
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) == wanted
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == wanted
+    ring.close()
+
+
+def test_a_child_makes_its_own() -> None:
+    """A ring's memory is shared with a forked child, so that two would write into it."""
+    assert batch.shared() is not None
+    child = os.fork()
+    if not child:
+        os._exit(0 if batch._shared.batch is None and batch.shared() is not None else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_host_that_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clear reason, and everything goes on one by one."""
+    monkeypatch.setattr(uring, "_SETUP", 0xFFFF)
+    with pytest.raises(HostError, match="io_uring cannot be used here"):
+        Batch()
+    state = batch._Shared()
+    assert state.get() is None
