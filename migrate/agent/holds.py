@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from migrate.errors import NotFound
+from migrate.agent.logging import get_logger
+from migrate.errors import HostError, NotFound
 from migrate.fourtuple import FourTuple
 from migrate.hold import Hold
 
 __all__ = ["Holds"]
+
+_log = get_logger(__name__)
 
 _FOREVER = 30 * 86400.0  # seconds: what is held is in the journal, and the next agent goes on with it
 
@@ -88,7 +91,13 @@ class Holds:
         """Replay and let go those of them that are the batch's."""
         mine = self._mine(batch, tuples)
         held = self._hold.tuples
-        self._hold.remove([each for each in mine if each in held])
+        gone = [each for each in mine if each in held]
+        try:
+            self._hold.remove(gone)
+        except HostError as error:  # nothing reaches sockets here: rather repeated by the peer than held for ever
+            _log.warning("replay failed", why=str(error))
+            self._hold.take(gone)
+            self._hold.remove(gone)
         for each in mine:
             del self._batches[each]
 
