@@ -90,40 +90,56 @@ def _some(together: batch.Batch, defaults: Defaults, records: Sequence[Ici]) -> 
             places.append(place)
         descriptors = [sock.fileno() for sock in socks]
         if together.begin(descriptors) is None:  # else no connect(): it would begin a handshake
-            failed = together.connect(descriptors) or {}
+            failed = together.connect(descriptors)
             for number, (place, sock) in enumerate(zip(places, socks, strict=True)):
-                if number not in failed and -1 not in failed and _finish(defaults, sock, records[place]):
+                if failed and (number in failed or -1 in failed):
+                    continue
+                record = records[place]
+                easy = not (record.options or record.received or record.sent) and _usual(record, defaults)
+                if easy or _finish(defaults, sock, record):
                     results[place] = sock
     except (Error, OSError):
         pass  # which one by one say why
-    finally:
-        done = set(map(id, filter(None, results)))
-        for sock in socks:
-            if id(sock) not in done:
-                discard(sock)
+    if None not in results:
+        return results  # type: ignore[return-value]
+    for place, sock in zip(places, socks, strict=False):
+        if results[place] is None:
+            discard(sock)
+    for sock in socks[len(places) :]:
+        discard(sock)
     return [result or _one(defaults, record) for result, record in zip(results, records, strict=True)]
 
 
 def _put(together: batch.Batch, place: int, ici: Ici) -> None:
-    snd_una, rcv_nxt, rcv_wup, mss, timestamps = ici.snd_una, ici.rcv_nxt, ici.rcv_wup, ici.mss_clamp, ici.timestamps
+    rcv_nxt, snd_wl1, rcv_wup, mss, timestamps = ici.rcv_nxt, ici.snd_wl1, ici.rcv_wup, ici.mss_clamp, ici.timestamps
     if ici.received:  # that queue is filled later, and the windows are set again
-        rcv_nxt = rcv_wup = rcv_nxt - len(ici.received) & 0xFFFFFFFF
+        rcv_nxt = snd_wl1 = rcv_wup = rcv_nxt - len(ici.received) & 0xFFFFFFFF
+    if ici.family == 4:
+        family, rest = _INET, ici.remote
+    else:
+        family, rest = _INET6, batch.rest(ici.remote)
     together.put(
-        place,
-        _INET if ici.family == 4 else _INET6,
-        (ici.local, ici.local_port),
-        (ici.remote, ici.remote_port),
-        snd_una,
+        place * together.size,
+        ici.snd_una,
         rcv_nxt,
         mss if mss < MAXSEG_LIMIT else MAXSEG_LIMIT,
-        sockopt.repair_options(mss, ici.snd_wscale, ici.rcv_wscale, ici.sack, timestamps > 0),
+        batch.sockaddr(family, ici.local, ici.local_port),
+        family,
+        ici.remote_port.to_bytes(2),
+        rest,
+        batch.negotiated(mss, ici.snd_wscale, ici.rcv_wscale, ici.sack, timestamps > 0),
         ici.ts_value & ~1 | (timestamps == 2),
-        ici.snd_wl1,
+        snd_wl1,
         ici.snd_wnd,
         ici.max_window,
         ici.rcv_wnd,
         rcv_wup,
     )
+
+
+def _usual(ici: Ici, defaults: Defaults) -> bool:
+    """Whether its congestion control is what connect() gave."""
+    return not ici.congestion or defaults.get((ici.local, ici.remote)) == ici.congestion
 
 
 def _finish(defaults: Defaults, sock: Restored, ici: Ici) -> bool:

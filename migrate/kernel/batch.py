@@ -13,14 +13,13 @@ import socket
 import struct
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from migrate.errors import HostError
 from migrate.fourtuple import MAPPED
-from migrate.kernel import uapi
+from migrate.kernel import sockopt, uapi
 from migrate.kernel.uring import Ring, Values, bind, connect, setsockopt
 
-__all__ = ["MOST", "Batch", "Failures", "shared"]
+__all__ = ["MOST", "Batch", "Failures", "negotiated", "rest", "shared", "sockaddr"]
 
 MOST = 64  # sockets of which all that is written stays in the processor's caches until the kernel reads it
 
@@ -32,13 +31,16 @@ _ADDRESS = 28  # bytes of a struct sockaddr_in6; a struct sockaddr_in is the beg
 _INT = struct.Struct("=i")
 _CONSTANTS = struct.Struct("=3i")  # TCP_REPAIR_ON, TCP_SEND_QUEUE, TCP_RECV_QUEUE
 _OPTIONS = 32  # bytes of four struct tcp_repair_opt
-# Where the send queue begins, the receive queue, TCP_MAXSEG, the local address; the remote address (family, port in
-# network order, the rest), what was negotiated, the timestamp, five numbers of the windows.
 _REBUILD = struct.Struct(f"=IIi{_ADDRESS}sH2s24s{_OPTIONS}sI5I")
 
 
 class Batch:
-    """A ring and what is done with it, by who has its ``lock``. Raises HostError where there is no such io_uring."""
+    """A ring and what is done with it, by who has its ``lock``. Raises HostError where there is no such io_uring.
+
+    ``put(place * size, …)`` says what the socket at that place is to become, for `begin` and `connect`: where the send
+    queue begins, where the receive queue begins, TCP_MAXSEG, `sockaddr` of the local end; of the remote end the family,
+    the port as two bytes and the `rest`; `negotiated`, the timestamp, and the five numbers of sockopt.set_window().
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -53,7 +55,8 @@ class Batch:
             )
             self._probes = Values(_INT, b"", MOST)
             self._leave = ring.program([setsockopt(_TCP, uapi.TCP_REPAIR, 0)], self._probes)
-            self._rebuild = Values(_REBUILD, _CONSTANTS.pack(1, uapi.TCP_SEND_QUEUE, uapi.TCP_RECV_QUEUE), MOST)
+            rebuild = Values(_REBUILD, _CONSTANTS.pack(1, uapi.TCP_SEND_QUEUE, uapi.TCP_RECV_QUEUE), MOST)
+            self.size, self.put = rebuild.size, rebuild.put
             on, send, receive = (_REBUILD.size + 4 * place for place in range(3))
             self._begin = ring.program(
                 [
@@ -65,7 +68,7 @@ class Batch:
                     setsockopt(_TCP, socket.TCP_MAXSEG, 8),
                     bind(12, _ADDRESS),
                 ],
-                self._rebuild,
+                rebuild,
             )
             remote, negotiated = 12 + _ADDRESS, 12 + 2 * _ADDRESS
             self._connect = ring.program(
@@ -75,7 +78,7 @@ class Batch:
                     setsockopt(_TCP, uapi.TCP_TIMESTAMP, negotiated + _OPTIONS),
                     setsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, negotiated + _OPTIONS + 4, 20),
                 ],
-                self._rebuild,
+                rebuild,
             )
             self._try()
         except BaseException:
@@ -98,25 +101,12 @@ class Batch:
     def leave_repair(self, descriptors: Sequence[int], probes: Sequence[bool]) -> Failures:
         """As sockopt.leave_repair(); ``probes`` says for each whether a window probe is to be sent."""
         for place, probe in enumerate(probes):
-            self._probes.put(place, 0 if probe else -1)
+            self._probes.put(_INT.size * place, 0 if probe else -1)
         return self._leave.run(descriptors)
 
     def release(self, descriptors: Sequence[int]) -> Failures:
         """As sockopt.disconnect(), then leave repair mode without a probe."""
         return self._release.run(descriptors)
-
-    def put(self, place: int, family: int, local: tuple[bytes, int], remote: tuple[bytes, int], *values: Any) -> None:
-        """What the socket at ``place`` is to become, for `begin` and `connect`; addresses are of 4 or 16 bytes.
-
-        ``values``: where the send queue begins, the receive queue, TCP_MAXSEG; sockopt.repair_options(), the timestamp;
-        the five numbers of sockopt.set_window().
-        """
-        write_seq, rcv_nxt, mss, negotiated, timestamp, *window = values
-        address, port = remote
-        rest = address if family == _INET else _rest(address)
-        here, negotiated = _sockaddr(family, *local), _filled(negotiated)
-        there = port.to_bytes(2)
-        self._rebuild.put(place, write_seq, rcv_nxt, mss, here, family, there, rest, negotiated, timestamp, *window)
 
     def begin(self, descriptors: Sequence[int]) -> Failures:
         """Repair mode, where the queues begin, TCP_MAXSEG, bind(). The receive queue stays selected."""
@@ -171,18 +161,19 @@ def shared() -> Batch | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _sockaddr(family: int, address: bytes, port: int) -> bytes:
-    head = struct.pack("=H2s", family, port.to_bytes(2))
-    return head + (address if family == _INET else _rest(address))
+def sockaddr(family: int, address: bytes, port: int) -> bytes:
+    """struct sockaddr_in or sockaddr_in6; addresses have 4 or 16 bytes, an IPv6 socket takes either."""
+    return struct.pack("=H2s", family, port.to_bytes(2)) + (address if family == _INET else rest(address))
 
 
 @functools.lru_cache(maxsize=4096)
-def _rest(address: bytes) -> bytes:
-    """Of a struct sockaddr_in6 what follows the port, without the zone."""
+def rest(address: bytes) -> bytes:
+    """Of a struct sockaddr_in6 what follows the port, without the zone. (Of a struct sockaddr_in it is the address.)"""
     return bytes(4) + (MAPPED + address if len(address) == 4 else address)
 
 
 @functools.lru_cache(maxsize=1024)
-def _filled(negotiated: bytes) -> bytes:
-    """As long as all options are: the first, which is always there, may be said again."""
-    return (negotiated + negotiated[:8] * 4)[:_OPTIONS]
+def negotiated(mss: int, snd_wscale: int, rcv_wscale: int, sack: bool, timestamps: bool) -> bytes:
+    """sockopt.repair_options(), as long as if all were negotiated: the first, always there, may be said again."""
+    options = sockopt.repair_options(mss, snd_wscale, rcv_wscale, sack, timestamps)
+    return (options + options[:8] * 3)[:_OPTIONS]

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import struct
 from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from migrate.errors import HostError
 
@@ -135,10 +136,9 @@ class Ring:
         self._sqes[_SQE.size * first : _SQE.size * (first + count)] = program.entries()
         return program
 
-    def descriptors(self, first: int, count: int) -> memoryview:
+    def descriptors(self, first: int, end: int, step: int) -> memoryview:
         """Where the descriptors of these entries are, for assignment."""
-        words = memoryview(self._sqes).cast("i")
-        return words[first * _SQE_WORDS + 1 : (first + count) * _SQE_WORDS : _SQE_WORDS]
+        return memoryview(self._sqes).cast("i")[first * _SQE_WORDS + 1 : end * _SQE_WORDS : step * _SQE_WORDS]
 
     def submit(self, order: bytes, finished: bytes) -> dict[int, int] | None:
         """Make the calls of the entries whose numbers ``order`` holds, as native words.
@@ -185,27 +185,28 @@ class Ring:
 
 
 class Values:
-    """Memory for what the calls on so many sockets take: of each those of ``form``, then ``constants``."""
+    """Memory for what the calls on so many sockets take: of each those of ``form``, then ``constants``.
+
+    ``put(place * size, *values)`` writes those of the socket at ``place``.
+    """
 
     def __init__(self, form: struct.Struct, constants: bytes, sockets: int) -> None:
         self.sockets, self.size = sockets, form.size + len(constants)
-        self._memory = mmap.mmap(-1, self.size * sockets)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._pack = form.pack_into
+        memory = mmap.mmap(-1, self.size * sockets)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self.put = functools.partial(form.pack_into, memory)
         for place in range(sockets):
-            self._memory[place * self.size + form.size : (place + 1) * self.size] = constants
-
-    def put(self, place: int, *values: Any) -> None:
-        """The values of that socket's calls."""
-        self._pack(self._memory, place * self.size, *values)
+            memory[place * self.size + form.size : (place + 1) * self.size] = constants
 
 
 class Program:
     """Calls for up to so many sockets at once; `Ring.program` makes it."""
 
     def __init__(self, ring: Ring, first: int, calls: Sequence[Call], values: Values) -> None:
-        self._ring, self._first, self._calls, self._values = ring, first, tuple(calls), values
-        every = array("I", range(first, first + len(calls) * values.sockets)).tobytes()
+        self._ring, self._calls, self._values = ring, tuple(calls), values
+        end = first + len(calls) * values.sockets
+        self._descriptors = [ring.descriptors(first + number, end, len(calls)) for number in range(len(calls))]
+        every = array("I", range(first, end)).tobytes()
         finished = b"".join(_CQE.pack(place, 0, 0) for place in range(values.sockets))
         step = 4 * len(calls)
         self._orders = [every[: step * count] for count in range(values.sockets + 1)]
@@ -225,9 +226,9 @@ class Program:
 
         Of a socket with a failed call all the others were tried nevertheless.
         """
-        count, calls = len(descriptors), len(self._calls)
-        every = array("i", descriptors if calls == 1 else [each for each in descriptors for _ in range(calls)])
-        self._ring.descriptors(self._first, count * calls)[:] = memoryview(every)
+        count, every = len(descriptors), memoryview(array("i", descriptors))
+        for words in self._descriptors:
+            words[:count] = every
         return self._ring.submit(self._orders[count], self._finished[count])
 
 

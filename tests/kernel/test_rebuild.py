@@ -164,10 +164,10 @@ def test_a_ring_that_puts_calls_off_is_given_up() -> None:
     program = ring.program([setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 0)], values)
     with socket.socket() as one, socket.socket() as other:
         values.put(0, 3)
-        values.put(1, 5)
+        values.put(4, 5)
         assert program.run([one.fileno(), other.fileno()]) is None
         assert [each.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) for each in (one, other)] == [3, 5]
-        values.put(1, 10_000_000)
+        values.put(4, 10_000_000)
         assert program.run([one.fileno(), -1]) == {1: errno.EBADF}
         assert not ring.closed
         program._finished[1] = program._finished[2]  # as if one had not come back
@@ -186,7 +186,7 @@ def test_more_than_the_ring_has_room_for_at_once() -> None:
     with socket.socket() as sock:
         for number in range(1, 100):
             for place in range(1 + number % 5):
-                values.put(place, 1 + (number + place) % 6)
+                values.put(4 * place, 1 + (number + place) % 6)
             assert program.run([sock.fileno()] * (1 + number % 5)) is None
             wanted = 1 + (number + number % 5) % 6
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) == wanted
