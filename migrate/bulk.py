@@ -41,8 +41,9 @@ class _Bulk:
 
     def prepare(self) -> bool:
         if self.snapshot is None and self.able:
+            self.able = options.prepare()
             try:
-                self.snapshot = Snapshot()
+                self.snapshot = Snapshot() if self.able else None
             except (OSError, LookupError, ValueError, struct.error):
                 self.able = False
         return self.snapshot is not None
@@ -69,7 +70,7 @@ def prepare() -> bool:
     """
     heap.keep()
     batch.shared()
-    return options.prepare() and _bulk.prepare()
+    return _bulk.prepare()
 
 
 def dump_many(socks: Sequence[socket.socket]) -> list[Ici | Error]:
@@ -91,13 +92,13 @@ def _dump_some(socks: Sequence[socket.socket]) -> list[Ici | Error]:
     assert _bulk.snapshot
     snapshot, descriptors = _bulk.snapshot, [sock.fileno() for sock in socks]
     try:
-        before = snapshot.glance_many(descriptors)
+        before = options.look_many(descriptors)
         good = [
             place
-            for place, (state, protocol, ulp, *_) in enumerate(before)
+            for place, (_, _, _, _, state, protocol, ulp, _, _) in enumerate(before)
             if protocol == _TCP and not ulp and state in checkpoint.MOVABLE
         ]
-        found = dict(zip(good, options.read_many([socks[place] for place in good]), strict=True))
+        found = {place: options.recognise(socks[place], before[place]) for place in good}
     except (Error, OSError):  # nothing was touched: each says for itself what is wrong with it
         return [_one(sock) for sock in socks]
     results: list[Ici | Error | None] = [None] * len(socks)

@@ -2,7 +2,7 @@
 
 Two sockets whose bytes are equal have equal options, whatever those bytes mean. So it is enough to ask one of them the
 long way, option by option, and to recognise the others: 0.3 µs of kernel time a socket, where a hundred getsockopt
-calls take 30. Nothing here interprets a byte but the three buffer sizes, which differ from socket to socket.
+calls take 30. Nothing here interprets a byte but the numbers of `Print`, which differ from socket to socket.
 
 `kernel.sockmem` copies the `FIELDS` that the kernel's own type information locates. Whether an option really shows is
 not believed but tried, on sockets made for it: one that does not is left to the caller to ask for
@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 from migrate.kernel.btf import Btf
 from migrate.kernel.option_table import BY_NAME, OPTIONS, Option, Phase
@@ -98,11 +99,32 @@ BEHIND = {
 # Believed, not tried: trying throws a switch of the whole machine for good, or needs what a host may not have.
 UNTRIED = {"IP_MINTTL", "IPV6_MINHOPCOUNT", "TCP_TX_DELAY", "TCP_CONGESTION", "SO_RESERVE_MEM", "IPV6_FLOWLABEL_MGR"}
 
-_SIZES = 12  # bytes of three sizes, with which each of them begins
-_unpack_sizes = struct.Struct("=iiI").unpack_from
+# Numbers that differ from socket to socket come first: three sizes, then these.
+_NUMBERS = {
+    "sock_common.skc_state": "B",
+    "sock.sk_protocol": "H",
+    "inet_connection_sock.icsk_ulp_ops": "Q",
+    "tcp_sock.write_seq": "I",
+    "tcp_sock.snd_nxt": "I",
+}
+_FORM = struct.Struct("=iiI" + "".join(_NUMBERS.values()))
+_unpack, _HEAD = _FORM.unpack_from, _FORM.size
 
-# What must be equal if the options are to be; and SO_SNDBUF, SO_RCVBUF, TCP_WINDOW_CLAMP in bytes, which need not.
-Print = tuple[bytes, int, int, int]
+
+class Print(NamedTuple):
+    """What a socket's bytes say at one moment."""
+
+    key: bytes  # must be equal if the options are to be; what follows need not
+    send: int  # SO_SNDBUF, bytes
+    receive: int  # SO_RCVBUF
+    clamp: int  # TCP_WINDOW_CLAMP
+    state: int
+    protocol: int
+    upper_layer: int  # an address, 0 for none
+    write_seq: int
+    snd_nxt: int
+
+
 Settle = Callable[[socket.socket, Option], None]
 
 
@@ -127,17 +149,12 @@ class Fingerprint:
     def take(self, descriptor: int) -> Print:
         """The fingerprint of a descriptor of this process, which must be a TCP socket's."""
         with self._collector.one(descriptor) as (memory, at):
-            return memory[at + _SIZES : at + self._end], *_unpack_sizes(memory, at)
+            return Print(memory[at + _HEAD : at + self._end], *_unpack(memory, at))
 
-    def take_many(self, descriptors: Sequence[int]) -> list[Print]:
-        """The same for many, at a third of the cost each."""
-        taken: list[Print] = []
-        end = self._end
-        for memory, places in self._collector.batches(descriptors):
-            for at in places:
-                send, receive, clamp = _unpack_sizes(memory, at)
-                taken.append((memory[at + _SIZES : at + end], send, receive, clamp))
-        return taken
+    def take_many(self, descriptors: Sequence[int]) -> list[tuple[Any, ...]]:
+        """The same for many, at a third of the cost each: plain tuples of what `Print` names."""
+        end, batches = self._end, self._collector.batches(descriptors)
+        return [(memory[at + _HEAD : at + end], *_unpack(memory, at)) for memory, places in batches for at in places]
 
     def close(self) -> None:
         """Give the program back."""
@@ -152,13 +169,13 @@ def _unproven(fingerprint: Fingerprint, located: Set[str], settle: Settle) -> It
             for option in options:
                 settle(sock, option)
             taken = fingerprint.take(sock.fileno())
-            if taken[1:] != tuple(sock.getsockopt(level, number) for level, number in _SIZE_OPTIONS):
+            if taken[1:4] != tuple(sock.getsockopt(level, number) for level, number in _SIZE_OPTIONS):
                 raise ValueError("the kernel keeps its buffer sizes elsewhere")
             return taken
 
     for family, version in ((socket.AF_INET, 4), (socket.AF_INET6, 6)):
-        fresh = taken(family)
-        if fresh != taken(family):
+        fresh = taken(family)[:4]
+        if fresh != taken(family)[:4]:
             raise ValueError("two fresh sockets differ: the fields hold more than options")
         for option in OPTIONS:
             if option.phase is Phase.UNCONNECTED or not option.readable or option.family not in (0, version):
@@ -166,7 +183,7 @@ def _unproven(fingerprint: Fingerprint, located: Set[str], settle: Settle) -> It
             shown = option.name in located
             if shown and option.name not in UNTRIED:
                 try:
-                    shown = taken(family, option) != fresh
+                    shown = taken(family, option)[:4] != fresh
                 except OSError:  # this process may not set it, or the kernel has none
                     shown = False
             if not shown:
@@ -178,8 +195,9 @@ class _Layout:
 
     def __init__(self, btf: Btf) -> None:
         self.located = {option.name for option in OPTIONS}  # those that live in fields which this kernel has
-        sizes = [Run(btf.place(field).offset, 4) for field in SIZE_FIELDS]
-        self.parts = [Part(None, sizes + self._runs(btf, FIELDS))]
+        numbers = [Run(btf.place(field).offset, 4) for field in SIZE_FIELDS]
+        numbers += [Run(btf.place(field).offset, struct.calcsize(letter)) for field, letter in _NUMBERS.items()]
+        self.parts = [Part(None, numbers + self._runs(btf, FIELDS))]
         self.parts += [Part(btf.place(pointer).offset, self._runs(btf, fields)) for pointer, fields in BEHIND.items()]
 
     def _runs(self, btf: Btf, fields: Mapping[str, str]) -> list[Run]:

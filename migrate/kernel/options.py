@@ -22,14 +22,14 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from migrate.errors import from_oserror
 from migrate.kernel import netns, option_values
-from migrate.kernel.fingerprint import Fingerprint, Print
+from migrate.kernel.fingerprint import Fingerprint
 from migrate.kernel.option_table import BY_NAME, OPTIONS, Kind, Option, Phase, Value
 
-__all__ = ["Kind", "Phase", "Value", "apply", "due", "flowinfo", "prepare", "read", "read_many"]
+__all__ = ["Kind", "Phase", "Value", "apply", "due", "flowinfo", "look_many", "prepare", "read", "recognise"]
 
 PAYS_OFF = 1000  # sockets asked the long way cost as much as getting fingerprints ready
 MEMORY = 1.0  # seconds: as long a host's changed settings may go unnoticed
@@ -99,13 +99,6 @@ class _Reader:
             return self.recognise(fingerprint, sock, fingerprint.take(sock.fileno()))
         return self.ask(sock, connected)
 
-    def read_many(self, socks: Sequence[socket.socket], connected: bool) -> list[dict[str, Value]]:
-        fingerprint = self.ready(len(socks))
-        if fingerprint and connected:
-            taken = fingerprint.take_many([sock.fileno() for sock in socks])
-            return [self.recognise(fingerprint, sock, one) for sock, one in zip(socks, taken, strict=True)]
-        return [self.ask(sock, connected) for sock in socks]
-
     def ready(self, count: int) -> Fingerprint | None:
         """Before that many sockets are read: nothing stale is known, and fingerprints are there if they pay off."""
         if time.monotonic() > self.memory.until:
@@ -114,8 +107,8 @@ class _Reader:
             self.prepare()
         return self.fingerprint
 
-    def recognise(self, fingerprint: Fingerprint, sock: socket.socket, taken: Print) -> dict[str, Value]:
-        key, send, receive, clamp = taken
+    def recognise(self, fingerprint: Fingerprint, sock: socket.socket, taken: tuple[Any, ...]) -> dict[str, Value]:
+        key, send, receive, clamp, *_ = taken
         like = self.memory.known.get(key)
         if like is None:
             like = self.learn(fingerprint, sock)
@@ -202,10 +195,21 @@ def read(sock: socket.socket, *, connected: bool = True) -> dict[str, Value]:
         raise from_oserror("reading socket options", error) from None
 
 
-def read_many(socks: Sequence[socket.socket], *, connected: bool = True) -> list[dict[str, Value]]:
-    """`read` for each of many sockets, which share what is common to them."""
+def look_many(descriptors: Sequence[int]) -> list[tuple[Any, ...]]:
+    """Of each of these TCP sockets what `fingerprint.Print` names. After `prepare` said True. Raises KernelError."""
+    fingerprint = _reader.ready(len(descriptors))
+    assert fingerprint
     try:
-        return _reader.read_many(socks, connected)
+        return fingerprint.take_many(descriptors)
+    except OSError as error:
+        raise from_oserror("reading socket options", error) from None
+
+
+def recognise(sock: socket.socket, look: tuple[Any, ...]) -> dict[str, Value]:
+    """`read` of a connected socket that was just looked at. Raises KernelError."""
+    assert _reader.fingerprint
+    try:
+        return _reader.recognise(_reader.fingerprint, sock, look)
     except OSError as error:
         raise from_oserror("reading socket options", error) from None
 

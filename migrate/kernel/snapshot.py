@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from migrate.kernel.btf import Btf, Place
 from migrate.kernel.sockmem import Collector, Part, Run
 
-__all__ = ["Glance", "Negotiated", "Numbers", "Snapshot"]
+__all__ = ["Negotiated", "Numbers", "Snapshot"]
 
 _ULP, _CONGESTION = "inet_connection_sock.icsk_ulp_ops", "inet_connection_sock.icsk_ca_ops"
 _NAME = "tcp_congestion_ops.name"
@@ -120,16 +120,6 @@ class Numbers(NamedTuple):
     congestion: bytes  # NUL-terminated
 
 
-class Glance(NamedTuple):
-    """What of `Numbers` tells whether a connection can be moved, and how much was unsent."""
-
-    state: int
-    protocol: int
-    upper_layer: int
-    write_seq: int
-    snd_nxt: int
-
-
 class Snapshot:
     """Takes snapshots. Raises OSError, LookupError or ValueError where this host or this process cannot."""
 
@@ -142,20 +132,12 @@ class Snapshot:
         own += [Run(place.offset, 1) for place in self._bits]
         name = Part(btf.place(_CONGESTION).offset, [Run(btf.place(_NAME).offset, 16)])
         self._unpack = struct.Struct("=" + "".join(_FIELDS.values()) + f"{len(_BITS)}s16s").unpack_from
-        wanted = zip(Numbers._fields, _FIELDS.values(), strict=False)
-        parts = (letter if name in Glance._fields else f"{struct.calcsize(letter)}x" for name, letter in wanted)
-        self._glance = struct.Struct("=" + "".join(parts)).unpack_from
         self._collector = Collector(btf, [Part(None, own), name])
         self.negotiated = functools.lru_cache(maxsize=256)(self._negotiated)
 
     def take_many(self, descriptors: Sequence[int]) -> list[tuple[Any, ...]]:
         """Of each of these descriptors of this process, which must be TCP sockets, what `Numbers` names."""
         unpack, batches = self._unpack, self._collector.batches(descriptors)
-        return [unpack(memory, at) for memory, places in batches for at in places]
-
-    def glance_many(self, descriptors: Sequence[int]) -> list[tuple[int, ...]]:
-        """The same, but only what `Glance` names, which is read in a third of the time."""
-        unpack, batches = self._glance, self._collector.batches(descriptors)
         return [unpack(memory, at) for memory, places in batches for at in places]
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,15 @@ def prepared(here: Host) -> Iterator[options._Reader]:
         pytest.skip("fingerprints need CAP_BPF and CAP_PERFMON in the initial user namespace")
     yield reader
     reader.forget()
+
+
+def read_many(reader: options._Reader, socks: Sequence[socket.socket]) -> list[dict[str, options.Value]]:
+    """As `bulk` does it: one look at all, where there are fingerprints."""
+    fingerprints = reader.ready(len(socks))
+    if fingerprints is None:
+        return [reader.ask(sock, True) for sock in socks]
+    looks = fingerprints.take_many([sock.fileno() for sock in socks])
+    return [reader.recognise(fingerprints, sock, look) for sock, look in zip(socks, looks, strict=True)]
 
 
 @pytest.fixture(params=["the long way", "by fingerprint"])
@@ -279,8 +288,8 @@ def test_both_ways_agree_on_sockets_of_all_kinds(connected: Any, prepared: optio
                 option_values.put(sock, option, option.sample)
     long = options._Reader()
     long.able = False
-    assert prepared.read_many(socks, True) == long.read_many(socks, True)
-    assert prepared.read_many(socks[::-1], True) == long.read_many(socks[::-1], True)
+    assert read_many(prepared, socks) == read_many(long, socks)
+    assert read_many(prepared, socks[::-1]) == read_many(long, socks[::-1])
 
 
 def test_sockets_with_everything_set_are_recognised(connected: Any, prepared: options._Reader) -> None:
@@ -291,7 +300,7 @@ def test_sockets_with_everything_set_are_recognised(connected: Any, prepared: op
                 with contextlib.suppress(OSError):  # the walk tells which and why
                     option_values.put(sock, option, option.sample)
     prepared.memory.until, before = 0.0, prepared.asked
-    first, *others = prepared.read_many(socks, True)
+    first, *others = read_many(prepared, socks)
     assert len(first) > 100 and others == [first] * 9
     assert prepared.asked == before + 1
     for sock in socks:
@@ -301,10 +310,10 @@ def test_sockets_with_everything_set_are_recognised(connected: Any, prepared: op
 def test_one_socket_is_asked_for_all_that_are_like_it(connected: Any, prepared: options._Reader) -> None:
     socks = [connected("4")[1] for _ in range(40)]
     prepared.memory.until, before = 0.0, prepared.asked
-    assert prepared.read_many(socks, True) == [options.read(socks[0])] * 40
+    assert read_many(prepared, socks) == [options.read(socks[0])] * 40
     assert prepared.asked == before + 1
     socks[7].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    found = prepared.read_many(socks, True)
+    found = read_many(prepared, socks)
     assert [place for place, one in enumerate(found) if one.get("TCP_NODELAY")] == [7]
     assert prepared.asked == before + 2
 
@@ -359,7 +368,7 @@ def test_an_option_that_shows_in_no_fingerprint_is_asked_for(
     marked, plain = connected("4")[1], connected("4")[1]
     marked.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 7)
     try:
-        assert [found.get("SO_MARK") for found in reader.read_many([marked, plain, marked], True)] == [7, None, 7]
+        assert [found.get("SO_MARK") for found in read_many(reader, [marked, plain, marked])] == [7, None, 7]
     finally:
         reader.forget()
 
@@ -393,7 +402,7 @@ def test_what_lies_outside_of_the_socket_is_asked_of_each(
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"before0")
     assert prepared.read(first, True)["SO_BINDTODEVICE"] == b"before0"
     here.run(["ip", "link", "set", "before0", "name", "after0"])
-    assert [found["SO_BINDTODEVICE"] for found in prepared.read_many([first, second], True)] == [b"after0", b"after0"]
+    assert [found["SO_BINDTODEVICE"] for found in read_many(prepared, [first, second])] == [b"after0", b"after0"]
 
 
 def test_a_socket_of_another_namespace_is_compared_with_one_of_there(
@@ -529,7 +538,7 @@ def test_filters_are_told_apart_however_alike_the_sockets_are(connected: Any, wa
         option_values.put(sock, BY_NAME["SO_ATTACH_FILTER"], code)
     for order in (1, -1):
         way.memory.until = 0.0
-        found = options.read_many(socks[::order])[::order]
+        found = read_many(way, socks[::order])[::order]
         assert [one.get("SO_ATTACH_FILTER") for one in found] == [None, *filters, None]
         assert [one.get("SO_ATTACH_BPF") for one in found] == [1, None, None, None, None]
 
@@ -572,7 +581,7 @@ def test_threads_do_not_mix_their_answers(
 
     def look(mark: int, socks: list[socket.socket]) -> None:
         for _ in range(200):
-            found = {one["SO_MARK"] for one in prepared.read_many(socks, True)}
+            found = {one["SO_MARK"] for one in read_many(prepared, socks)}
             if found != {mark}:
                 wrong.append(found)
 
