@@ -64,7 +64,8 @@ class Agent:
         self.address = f"{host.ip4}:{PORT}"
         self.log = directory / "log"
         self._words = ["--listen", self.address, "--tls", str(tls), "--socket", str(self.socket)]
-        self._words += ["--state-dir", str(directory / "state"), "--log-level", "debug", *options]
+        self._words += ["--state-dir", str(directory / "state"), "--key-dir", str(directory / "key")]
+        self._words += ["--log-level", "debug", *options]
         self.process: subprocess.Popen[Any] | None = None
 
     def start(self, *, crash_at: str = "", environment: Mapping[str, str] | None = None) -> None:
@@ -110,11 +111,14 @@ class Agent:
         with contextlib.closing(sqlite3.connect(self.directory / "state" / "journal.db")) as database:
             return database.execute("SELECT role, state FROM handoff").fetchall()
 
+    def records(self) -> int:
+        """How many batches have records in the journal."""
+        with contextlib.closing(sqlite3.connect(self.directory / "state" / "journal.db")) as database:
+            return int(database.execute("SELECT count(*) FROM records").fetchone()[0])
+
     def settled(self) -> bool:
         """Whether nothing of a handoff is left: no row, no record, nothing held."""
-        with contextlib.closing(sqlite3.connect(self.directory / "state" / "journal.db")) as database:
-            (records,) = database.execute("SELECT count(*) FROM records").fetchone()
-        return not self.rows() and records == 0 and not self.held()
+        return not self.rows() and not self.records() and not self.held()
 
     def held(self) -> int:
         """How many elements the holds of the host have."""

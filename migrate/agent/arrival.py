@@ -14,7 +14,7 @@ from migrate.agent.driver import Driver, Handoff, Host, tuples_of
 from migrate.agent.engine import Again, Batch, Stream
 from migrate.agent.logging import get_logger
 from migrate.agent.steering import address_of
-from migrate.errors import Conflict, Error, HostError, RemoteError
+from migrate.errors import Conflict, Error, HostError, RecordError, RemoteError
 from migrate.fourtuple import FourTuple
 from migrate.handoff import commands as do
 from migrate.handoff.destination import DestinationHandoff
@@ -178,7 +178,13 @@ class Arrivals(Driver):
         return refused
 
     def _rebuild(self, batch: Arrival, command: do.Rebuild) -> Again | None:
-        records = self.host.journal.records(batch.machine.batch)
+        try:
+            records = self.host.journal.records(batch.machine.batch)
+        except RecordError as error:
+            # The key was lost: the host was rebooted. Those that are not with an adopter are nowhere, for good.
+            lost = [each for each in tuples_of(command.connections) if not self._diag.exists(each)]
+            _log.error("connections are lost: their records cannot be read", why=str(error), connections=lost)
+            return None
         try:
             self.host.carrier.carry({each.local for each in tuples_of(command.connections)})
         except Error as error:

@@ -26,6 +26,7 @@ from migrate import bulk
 from migrate.adopt.spawner import Spawner
 from migrate.agent.adoption import Adopters, Rule
 from migrate.agent.arrival import Arrivals
+from migrate.agent.at_rest import journal_key
 from migrate.agent.auth import Authorizer
 from migrate.agent.carry import Carrier
 from migrate.agent.departure import Departures
@@ -66,6 +67,7 @@ class Settings:
 
     socket: Path
     state_dir: Path
+    key_dir: Path
     listen: str | None = None
     tls: Path | None = None
     force_insecure: bool = False
@@ -91,7 +93,7 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        journal = opened.enter_context(Journal(settings.state_dir / "journal.db"))
+        journal = opened.enter_context(Journal(settings.state_dir / "journal.db", journal_key(settings.key_dir)))
         registry = None if settings.registry is None else opened.enter_context(SqliteRegistry(settings.registry))
         metrics = Metrics()
         insecure = settings.tls is None

@@ -9,10 +9,11 @@ from migrate.adopt.spawner import Spawner
 from migrate.cli.output import Output
 from migrate.errors import UsageError
 
-__all__ = ["SOCKET", "STATE_DIR", "add_arguments", "run"]
+__all__ = ["KEY_DIR", "SOCKET", "STATE_DIR", "add_arguments", "run"]
 
 SOCKET = "/run/tcpmig/agent.sock"
 STATE_DIR = "/var/lib/tcpmig"
+KEY_DIR = "/run/tcpmig"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--insecure", action="store_true", help="no TLS: everybody who reaches it may do everything")
     parser.add_argument("--force", action="store_true", help="with --insecure: on any address, not only on loopback")
     parser.add_argument("--state-dir", metavar="DIR", default=STATE_DIR, help=f"where the journal is ({STATE_DIR})")
+    parser.add_argument(
+        "--key-dir", metavar="DIR", default=KEY_DIR, help=f"in memory: the key of the journal's records ({KEY_DIR})"
+    )
     parser.add_argument(
         "--adopt",
         metavar="LOCAL=HOW",
@@ -57,6 +61,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         settings = Settings(
             socket=Path(arguments.socket),
             state_dir=Path(arguments.state_dir),
+            key_dir=Path(arguments.key_dir),
             listen=arguments.listen,
             tls=None if arguments.tls is None else Path(arguments.tls),
             force_insecure=arguments.force,

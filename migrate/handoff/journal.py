@@ -1,8 +1,8 @@
 """What a host must not forget about its handoffs while an agent dies: batches, records, epochs.
 
 A batch is one row and its records another, because few rows are quick; a step of a machine is one transaction. Records
-are opaque here. They are overwritten when the connections run or the batch is over, and the write-ahead log is emptied
-with the last of them. Epochs stay, so that a record is taken once.
+are opaque here, and sealed: no file ever holds them in plain. Even so they are overwritten when the connections run or
+the batch is over, and the write-ahead log is emptied with the last of them. Epochs stay: a record is taken once.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from migrate.handoff.database import Database
 from migrate.handoff.destination import DestinationHandoff, DestinationState
 from migrate.handoff.ids import Connection, new_id
 from migrate.handoff.source import SourceState
+from migrate.sealed import Key
 
 __all__ = ["Journal"]
 
 _APPLICATION = 0x4943494A  # "ICIJ"
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE handoff(
     number INTEGER PRIMARY KEY AUTOINCREMENT, batch BLOB NOT NULL, role TEXT NOT NULL, state TEXT NOT NULL,
@@ -59,8 +60,9 @@ _encode = msgspec.msgpack.encode
 class Journal:
     """The journal in the file ``path``. One process at a time has it; its threads may share it."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Raises HostError if another process has it, or it is none of ours or of another version."""
+    def __init__(self, path: str | os.PathLike[str], key: Key) -> None:
+        """Records are sealed with ``key``. Raises HostError if another process has the file, or it is none of ours."""
+        self._key = key
         self._lock = threading.Lock()
         lock = os.fspath(path) + ".lock"
         try:
@@ -99,21 +101,24 @@ class Journal:
         one of them was seen before or its connection is busy; HostError if it cannot be written.
         """
         with self._lock, self._database.transaction() as run:
-            found = run.execute("SELECT number FROM handoff WHERE batch=? AND role=?", (row.batch, row.role)).fetchone()
+            ask = "SELECT number, connections FROM handoff WHERE batch=? AND role=?"
+            found = run.execute(ask, (row.batch, row.role)).fetchone()
             if found is None:
-                number = self._insert(row)
+                connections = _encode(row.connections)
+                number = self._insert(row, connections)
             else:
-                (number,) = found
+                number, connections = found
                 run.execute(
                     "UPDATE handoff SET state=?, shared=?, journal=?, refused=? WHERE number=?",
                     (row.state, row.shared, row.journal, _encode(row.refused), number),
                 )
             if records:
-                run.execute("INSERT INTO records VALUES(?, ?)", (number, _encode(records)))
+                sealed = self._key.seal(_encode(records), row.batch + connections)
+                run.execute("INSERT INTO records VALUES(?, ?)", (number, sealed))
             elif row.state == DestinationState.ACTIVE.name:
                 run.execute("DELETE FROM records WHERE number=?", (number,))
 
-    def _insert(self, row: Row) -> int:
+    def _insert(self, row: Row, connections: bytes) -> int:
         run = self._database.connection
         cursor = run.execute(
             "INSERT INTO handoff VALUES(NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -125,7 +130,7 @@ class Journal:
                 row.steer,
                 row.shared,
                 row.journal,
-                _encode(row.connections),
+                connections,
                 _encode(row.refused),
             ),
         )
@@ -173,11 +178,11 @@ class Journal:
             ]
 
     def records(self, batch: bytes) -> dict[bytes, bytes]:
-        """The records of a batch that comes here, by connection id."""
+        """The records of a batch that comes here, by connection id. Raises RecordError if the key is another now."""
         with self._lock, self._database.errors():
-            ask = "SELECT data FROM handoff JOIN records USING(number) WHERE batch=? AND role=?"
+            ask = "SELECT data, connections FROM handoff JOIN records USING(number) WHERE batch=? AND role=?"
             found = self._database.connection.execute(ask, (batch, DestinationHandoff.role)).fetchone()
-        return _RECORDS.decode(found[0]) if found else {}
+        return _RECORDS.decode(self._key.open(found[0], batch + found[1])) if found else {}
 
     def forget(self, batch: bytes, role: str, connections: Sequence[Connection], moved: frozenset[bytes]) -> None:
         """The batch is over: its row and records go; its epochs stay seen, and that ``moved`` changed hands."""

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from migrate.errors import Conflict, HostError
+from migrate.errors import Conflict, HostError, RecordError
 from migrate.fourtuple import FourTuple
 from migrate.handoff.commands import Row
 from migrate.handoff.ids import Connection, new_id
 from migrate.handoff.journal import Journal
+from migrate.sealed import KEY_LENGTH, Key
+
+KEY = Key(bytes(KEY_LENGTH))
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def journal(path: Path) -> Iterator[Journal]:
-    with Journal(path) as journal:
+    with Journal(path, KEY) as journal:
         yield journal
 
 
@@ -71,7 +74,7 @@ def test_a_batch_comes_back_as_it_was_written(journal: Journal, path: Path) -> N
     journal.write(destination)
     identity = journal.identity
     journal.close()
-    with Journal(path) as again:
+    with Journal(path, KEY) as again:
         assert again.rows() == [source, destination]
         assert again.identity == identity
 
@@ -210,29 +213,59 @@ def test_only_the_owner_may_read_it(journal: Journal, path: Path) -> None:
 
 def test_a_file_that_others_could_read_is_closed_to_them(path: Path) -> None:
     path.touch(0o644)
-    with Journal(path):
+    with Journal(path, KEY):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("state", ["ACTIVE", None], ids=["they run", "it is over"])
-def test_no_byte_of_a_record_stays(journal: Journal, path: Path, state: str | None) -> None:
+def test_no_byte_of_a_record_is_ever_in_a_file(journal: Journal, path: Path, state: str | None) -> None:
     moving = connections(40)
     secret = os.urandom(16).hex().encode()
+    records = {c.id: secret * 200 for c in moving}
+
+    def found() -> list[str]:
+        return [file.name for file in path.parent.iterdir() if secret in file.read_bytes()]
+
     journal.write(row("PREPARED", moving=moving))
-    journal.write(row("RESTORING", moving=moving), {c.id: secret * 200 for c in moving})
-    assert any(secret in file.read_bytes() for file in path.parent.iterdir())
+    journal.write(row("RESTORING", moving=moving), records)
+    assert (journal.records(b"batch"), found()) == (records, [])
     if state is not None:
         journal.write(row(state, moving=moving))
         assert journal.records(b"batch") == {}
     journal.forget(b"batch", "destination", moving, frozenset())
-    assert not any(secret in file.read_bytes() for file in path.parent.iterdir())
+    assert found() == []
+
+
+def test_what_was_sealed_is_wiped_as_well(journal: Journal, path: Path) -> None:
+    (moving,) = connections(1)
+    journal.write(row("RESTORING", moving=(moving,)), {moving.id: bytes(100_000)})
+    (sealed,) = journal._database.connection.execute("SELECT data FROM records").fetchone()
+    part = sealed[1000:1032]
+    assert any(part in file.read_bytes() for file in path.parent.iterdir())
+    journal.forget(b"batch", "destination", (moving,), frozenset())
+    assert not any(part in file.read_bytes() for file in path.parent.iterdir())
+
+
+def test_records_open_with_their_key_and_in_their_row_only(journal: Journal, path: Path) -> None:
+    one, two = connections(2)
+    for batch, moving in ((b"one", one), (b"two", two)):
+        journal.write(row("RESTORING", batch, moving=(moving,)), {moving.id: b"record"})
+    with Journal(path.with_name("other"), Key(b"k" * KEY_LENGTH)) as other:
+        other.write(row("RESTORING", b"one", moving=(one,)), {one.id: b"record"})
+        other._key = KEY
+        with pytest.raises(RecordError, match="another key"):
+            other.records(b"one")
+    journal._database.connection.execute("UPDATE records SET data=(SELECT data FROM records WHERE number=1)")
+    assert journal.records(b"one") == {one.id: b"record"}
+    with pytest.raises(RecordError, match="changed"):
+        journal.records(b"two")
 
 
 def test_one_process_at_a_time(journal: Journal, path: Path) -> None:
     with pytest.raises(HostError, match="in use"):
-        Journal(path)
+        Journal(path, KEY)
     journal.close()
-    Journal(path).close()
+    Journal(path, KEY).close()
 
 
 def test_closing_twice_is_harmless(journal: Journal) -> None:
@@ -248,9 +281,9 @@ def foreign(path: Path) -> None:
 
 
 def newer(path: Path) -> None:
-    Journal(path).close()
+    Journal(path, KEY).close()
     with sqlite3.connect(path) as database:
-        database.execute("PRAGMA user_version=2")
+        database.execute("PRAGMA user_version=3")
     database.close()
 
 
@@ -270,7 +303,7 @@ def link(path: Path) -> None:
     ("make", "says"),
     [
         (foreign, "another program"),
-        (newer, "layout 2"),
+        (newer, "layout 3"),
         (garbage, "not a database"),
         (directory, "directory"),
         (link, "symbolic links"),
@@ -281,7 +314,7 @@ def test_a_file_that_is_none_of_ours(path: Path, make: object, says: str) -> Non
     make(path)
     before = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
     with pytest.raises(Exception, match=says) as caught:
-        Journal(path)
+        Journal(path, KEY)
     assert type(caught.value).__module__ == "migrate.errors"
     assert caught.value.hint  # type: ignore[attr-defined]
     if before:
@@ -309,7 +342,8 @@ from migrate.fourtuple import FourTuple
 from migrate.handoff.commands import Row
 from migrate.handoff.ids import Connection
 from migrate.handoff.journal import Journal
-journal = Journal(sys.argv[1])
+from migrate.sealed import Key
+journal = Journal(sys.argv[1], Key(bytes(32)))
 for number in itertools.count():
     batch = number.to_bytes(16)
     moving = tuple(Connection(batch[4:] + i.to_bytes(4), 1, FourTuple(b"1234", 1, b"5678", i)) for i in range(50))
@@ -336,7 +370,7 @@ def test_what_was_written_survives_a_kill_at_any_moment(path: Path) -> None:
             child.send_signal(signal.SIGKILL)
             said = child.stdout.read().split()
         last = int(said[-1]) if said else 7 * attempt
-        with Journal(path) as journal:
+        with Journal(path, KEY) as journal:
             states = {int.from_bytes(row.batch): row.state for row in journal.rows()}
             for number in range(last):
                 assert states.get(number) == (None if number % 3 == 0 else "COMMITTED")

@@ -15,6 +15,7 @@ from migrate.fourtuple import FourTuple
 from migrate.handoff.ids import Connection, new_id
 from migrate.handoff.journal import Journal
 from migrate.handoff.registry import OwnershipRegistry, SqliteRegistry
+from migrate.sealed import KEY_LENGTH, Key
 
 FOUR_TUPLE = FourTuple(b"\x0a\0\0\1", 80, b"\x0a\0\0\2", 1024)
 
@@ -73,7 +74,7 @@ def test_only_the_owner_may_read_it(tmp_path: Path) -> None:
 
 
 def test_a_journal_is_no_registry(tmp_path: Path) -> None:
-    Journal(tmp_path / "file").close()
+    Journal(tmp_path / "file", Key(bytes(KEY_LENGTH))).close()
     with pytest.raises(HostError, match="another program"):
         SqliteRegistry(tmp_path / "file")
 
