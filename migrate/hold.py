@@ -147,6 +147,12 @@ class Hold:
         self._let_go(gone)
         self._inject(self.take(gone))
 
+    def drop(self, tuples: Iterable[FourTuple]) -> None:
+        """Let these go that live elsewhere: what was kept for them is forgotten, and the peer repeats it there."""
+        gone = list(tuples)
+        self._let_go(gone)
+        self.take(gone)
+
     def collect(self) -> int:
         """Move what has arrived into ``kept``; the number of segments. Never waits."""
         return self._keep(self._listener.read(), self.kept)

@@ -134,11 +134,12 @@ class Arrivals(Driver):
             self.host.steerer.warm(batch.machine.steer)
         refused = self.host.journal.conflicts(command.connections)
         left = _descriptors_left()
+        here = self._diag.existing(tuples_of(command.connections))
         for connection in command.connections:
             if connection.id in refused:
                 continue
             why = self.host.adopters.refusal(connection.four_tuple)
-            if why is None and self._diag.exists(connection.four_tuple):
+            if why is None and connection.four_tuple in here:
                 why = _EXISTS
             if why is None and left <= 0:
                 why = "the destination has no descriptor left for it"
@@ -297,7 +298,8 @@ def _descriptors_left() -> int:
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft - len(os.listdir("/proc/self/fd")) - 64
+    # Since Linux 6.2 the directory's size is their number, which is quicker than to list thousands.
+    return soft - (os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))) - 64
 
 
 def _speaks(each: FourTuple) -> bool:

@@ -81,6 +81,7 @@ class Departures(Driver):
     def __init__(self, host: Host) -> None:
         super().__init__(host)
         self.handlers |= {
+            do.LiftHold: self._lift_hold,
             do.Freeze: self._freeze,
             do.Thaw: self._thaw,
             do.Release: self._release,
@@ -212,6 +213,9 @@ class Departures(Driver):
         kept = self.host.holds.take(batch.machine.batch, tuples_of(batch.machine.moving))
         if kept and batch.stream is not None:
             batch.stream.send(Released(batch=batch.machine.batch, kept=kept))
+
+    def _lift_hold(self, batch: Batch, command: do.LiftHold) -> None:
+        self.host.holds.drop(batch.machine.batch, tuples_of(command.connections))  # they live elsewhere
 
     def _ask(self, batch: Departure, command: do.Ask) -> None:
         if batch.stream is None:

@@ -96,15 +96,17 @@ class Holds:
             self._hold.remove(gone)
         except HostError as error:  # nothing reaches sockets here: rather repeated by the peer than held for ever
             _log.warning("replay failed", why=str(error))
-            self._hold.take(gone)
-            self._hold.remove(gone)
+            self._hold.drop(gone)
         for each in mine:
             del self._batches[each]
 
     def drop(self, batch: bytes, tuples: Sequence[FourTuple]) -> None:
-        """Let go without replay."""
-        self._hold.take(self._mine(batch, tuples))
-        self.lift(batch, tuples)
+        """Let go without replay those of them that are the batch's."""
+        mine = self._mine(batch, tuples)
+        held = self._hold.tuples
+        self._hold.drop([each for each in mine if each in held])
+        for each in mine:
+            del self._batches[each]
 
     def _mine(self, batch: bytes, tuples: Sequence[FourTuple]) -> list[FourTuple]:
         return [each for each in tuples if self._batches.get(each) == batch]

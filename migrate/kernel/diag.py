@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from socket import ntohs
 from typing import NamedTuple, Self
 
@@ -48,6 +48,7 @@ _REPLY4 = struct.Struct("=IHH8x" + "xBBxHH4s12x4s12xIQIIIII")
 _REPLY6 = struct.Struct("=IHH8x" + "xBBxHH16s16sIQIIIII")
 
 _BUFFER = 65536  # the kernel fills 32 KiB at most
+_AT_ONCE = 64  # exact look-ups in one message: the answers have room in any receive buffer
 _ATTEMPTS = 10  # dumps until one is consistent
 _STATES = [TcpState.CLOSED, *TcpState]  # by number; number 0 does not occur
 _EVERY_STATE = sum(1 << state for state in TcpState)
@@ -183,17 +184,33 @@ class SockDiag:
         return next(iter(self.list_connections(local=here, remote=there, extensions=extensions)), None)
 
     def exists(self, four_tuple: FourTuple) -> bool:
-        """Whether that connection is here: the exact look-up alone, some 6 µs, which passes over sockets that are bound
-        to a device. Raises HostError, KernelError.
+        """Whether that connection is here: the exact look-up alone, which passes over sockets that are bound to a
+        device. Raises HostError, KernelError.
         """
-        try:
-            found = self._ask(NLM_F_REQUEST, _exactly(four_tuple, 0))
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise _explained(error) from None
-        # Where no connection is, the kernel gives the listener that would get the segment.
-        return any(connection.four_tuple == four_tuple for connection in found.values())
+        return bool(self.existing([four_tuple]))
+
+    def existing(self, tuples: Sequence[FourTuple]) -> set[FourTuple]:
+        """Those of ``tuples`` that `exists` says are here, some 4 µs each."""
+        found: set[FourTuple] = set()
+        for start in range(0, len(tuples), _AT_ONCE):
+            asked = tuples[start : start + _AT_ONCE]
+            wrong = 0
+            try:
+                self._socket.send(b"".join(_numbered(number, _exactly(each, 0)) for number, each in enumerate(asked)))
+                for _ in asked:  # all answers wait when send() returns
+                    answer = self._socket.recv(_BUFFER, socket.MSG_DONTWAIT)
+                    _, kind, _, number, _ = _HEADER.unpack_from(answer)
+                    if kind == NLMSG_ERROR:
+                        (code,) = _INT.unpack_from(answer, _HEADER.size)
+                        wrong = wrong if code == -errno.ENOENT else -code
+                    # Where no connection is, the kernel gives the listener that would get the segment.
+                    elif answer[_HEADER.size + 1] != TcpState.LISTEN:
+                        found.add(asked[number])
+            except OSError as error:
+                raise _explained(error) from None
+            if wrong:
+                raise _explained(OSError(wrong, os.strerror(wrong)))
+        return found
 
     def forget_time_wait(self, four_tuple: FourTuple) -> None:
         """End that TIME_WAIT before its time, if there is one; no segment leaves. Raises PrivilegeError, KernelError.
@@ -262,6 +279,10 @@ class SockDiag:
         if flags_seen & NLM_F_DUMP_INTR:
             raise InterruptedError(errno.EINTR, "inconsistent dump")
         return found
+
+
+def _numbered(number: int, request: bytes) -> bytes:
+    return _HEADER.pack(_HEADER.size + len(request), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, number, 0) + request
 
 
 def list_connections(

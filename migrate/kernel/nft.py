@@ -224,7 +224,9 @@ class ForwardTable(Table):
             requests += nf.add_elements(self._place("flows", ip), packed, data=hops)
         if requests:
             self._netfilter.commit(f"forwarding in table {self.name}", requests)
-        self._known = {each: hop for each, hop in known.items() if each not in leaving} | dict(come)
+        for each in leaving:
+            del known[each]
+        known.update(come)
 
     def _rules(self, device: str, via: int) -> list[bytes]:
         family, name, chain = self.family, self.name, "ingress"
