@@ -70,11 +70,6 @@ class Links:
         """The index of the device of that name."""
         return self._do("looking up a device", lambda: _index(device))
 
-    def device_towards(self, address: bytes) -> str:
-        """The device through which this host would send to a packed address."""
-        way = self._do("looking up a route", lambda: self._routes.route("get", dst=_text(address))[0])
-        return socket.if_indextoname(way.get("oif"))
-
     def addresses(self) -> list[Address]:
         """All addresses of all devices."""
         return self._do("listing addresses", self._addresses)

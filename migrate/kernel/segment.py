@@ -16,7 +16,6 @@ import errno
 import fcntl
 import socket
 import struct
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from typing import NamedTuple, Self
 
 from migrate.errors import Error, HostError, from_oserror
 from migrate.fourtuple import FourTuple
+from migrate.kernel.route import Routes
 
 __all__ = ["ACK", "CWR", "ECE", "FIN", "PSH", "RST", "SYN", "URG", "Injector", "Segment", "fix_checksums", "four_tuple"]
 
@@ -47,13 +47,8 @@ _TRUSTED = 0.05  # seconds for which an address that was found to be of this hos
 _READY = 0.2  # seconds until a new IPv6 address is ready to be used
 
 SIOCGIFFLAGS, SIOCGIFMTU, IFF_UP = 0x8913, 0x8921, 1  # include/uapi/linux/sockios.h and if.h
-NETLINK_ROUTE, NLMSG_ERROR, NLM_F_REQUEST = 0, 2, 1  # include/uapi/linux/netlink.h
-RTM_GETROUTE, RTN_LOCAL, RTA_DST, RTA_MARK = 26, 2, 1, 16  # include/uapi/linux/rtnetlink.h
 
-_NLMSG = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _IFFLAGS, _IFMTU = struct.Struct("=16sh22x"), struct.Struct("=16si20x")  # struct ifreq with ifr_flags, with ifr_mtu
-_RTMSG = struct.Struct("=BB5xB4x")  # of struct rtmsg: family, bits of the destination, type
-_ATTRIBUTE = struct.Struct("=HH")  # length, type
 
 _NEEDS = "needs CAP_NET_RAW and CAP_NET_ADMIN; run as root, or inside `unshare -Urn`"
 
@@ -186,9 +181,8 @@ class Injector:
         self._mark = mark
         self._sockets: dict[int, socket.socket] = {}
         self._found_local: dict[bytes, float] = {}  # address: when
+        self._routes = Routes()
         try:
-            self._routes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE)
-            self._sockets[0] = self._routes
             self._sockets[4] = _raw_socket(socket.AF_INET, mark)
             with contextlib.suppress(HostError):  # no IPv6: then there is nothing to inject
                 self._sockets[6] = _raw_socket(socket.AF_INET6, mark)
@@ -204,6 +198,7 @@ class Injector:
 
     def close(self) -> None:
         """Close the sockets; again does nothing."""
+        self._routes.close()
         for sock in self._sockets.values():
             sock.close()
 
@@ -239,27 +234,22 @@ class Injector:
             return
         if not self._loopback(SIOCGIFFLAGS, _IFFLAGS) & IFF_UP:
             raise HostError("a segment cannot be injected while lo is down", hint="ip link set lo up")
-        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-        body = _RTMSG.pack(family, 8 * len(address), 0)
-        body += _ATTRIBUTE.pack(4 + len(address), RTA_DST) + address + _ATTRIBUTE.pack(8, RTA_MARK)
-        body += self._mark.to_bytes(4, sys.byteorder)
-        request = _NLMSG.pack(_NLMSG.size + len(body), RTM_GETROUTE, NLM_F_REQUEST, 0, 0) + body
-        while not self._routed_here(request):
+        while not self._here(address):
             # The kernel finishes a new IPv6 address a moment after it was added, also without duplicate detection.
-            if family == socket.AF_INET or time.monotonic() - now > _READY:
-                shown = socket.inet_ntop(family, address)
+            if len(address) == 4 or time.monotonic() - now > _READY:
+                shown = socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
                 raise HostError(f"{shown} is no address of this host", hint="a segment can be injected once it is")
             time.sleep(0.001)
         self._found_local[address] = now
 
-    def _routed_here(self, request: bytes) -> bool:
-        self._routes.send(request)
-        answer = self._routes.recv(4096)
-        kind: int = _NLMSG.unpack_from(answer)[1]
-        return kind != NLMSG_ERROR and _RTMSG.unpack_from(answer, _NLMSG.size)[2] == RTN_LOCAL
+    def _here(self, address: bytes) -> bool:
+        try:
+            return self._routes.find(address, self._mark).local
+        except HostError:
+            return False
 
     def _loopback(self, request: int, layout: struct.Struct) -> int:
-        value: int = layout.unpack(fcntl.ioctl(self._routes, request, layout.pack(b"lo", 0)))[1]
+        value: int = layout.unpack(fcntl.ioctl(self._sockets[4], request, layout.pack(b"lo", 0)))[1]
         return value
 
     def _explained(self, error: OSError) -> Error:

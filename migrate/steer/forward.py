@@ -10,8 +10,8 @@ from typing import Self
 
 from migrate.errors import HostError
 from migrate.fourtuple import FourTuple
-from migrate.kernel.link import Links
 from migrate.kernel.nft import ForwardTable, tables
+from migrate.kernel.route import Routes
 
 __all__ = ["Forward"]
 
@@ -27,7 +27,7 @@ class Forward:
 
     def __init__(self) -> None:
         with contextlib.ExitStack() as opened:
-            self._links = opened.enter_context(Links())
+            self._routes = opened.enter_context(Routes())
             self._tables = {key: opened.enter_context(ForwardTable(*key)) for key in _standing()}
             self._opened = opened.pop_all()
 
@@ -49,14 +49,11 @@ class Forward:
                 "a connection can be forwarded only to an address of its own IP version",
                 hint="name the agent by an address of that version",
             )
-        via = self._links.device_towards(owner)
-        devices: dict[bytes, str] = {}
+        via = self._device(owner)
+        devices = {remote: self._device(remote) for remote in {each.remote for each in tuples}}
         chosen: dict[str, dict[FourTuple, bytes]] = {}
         for each in tuples:
-            device = devices.get(each.remote) or devices.setdefault(
-                each.remote, self._links.device_towards(each.remote)
-            )
-            chosen.setdefault(device, {})[each] = owner
+            chosen.setdefault(devices[each.remote], {})[each] = owner
         for device, entries in chosen.items():
             self._table(device, via).add(entries)
 
@@ -67,6 +64,10 @@ class Forward:
     def close(self) -> None:
         """Close what is open; what is forwarded is forwarded on."""
         self._opened.close()
+
+    def _device(self, address: bytes) -> str:
+        """The device through which this host would send to a packed address."""
+        return socket.if_indextoname(self._routes.find(address).device)
 
     def _table(self, device: str, via: str) -> ForwardTable:
         if (device, via) not in self._tables:

@@ -60,6 +60,7 @@ KERNEL_NEIGHBOURS = {
     "option_values": {"option_table"},
     "snapshot": {"btf", "sockmem"},
     "sockmem": {"bpf", "btf"},
+    "segment": {"route"},
     "options": {"fingerprint", "option_table", "option_values"},
 }
 PROBE = "probe"
