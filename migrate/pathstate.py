@@ -29,12 +29,12 @@ class Path(NamedTuple):
 
 
 def path(ici: Ici, age: float = 0.0) -> Path | None:
-    """What that record says, ``age`` seconds after its dump; None if it says nothing.
+    """What that record says, ``age`` seconds after its dump; None if it says nothing that a new connection has not.
 
     The window is at most what the peer ever offered to take. Each retransmission time-out that has passed halves it,
     as it does for an idle connection (RFC 2861, tcp_cwnd_restart() in net/ipv4/tcp_output.c).
     """
-    if not ici.cwnd or not ici.mss:
+    if not ici.cwnd or not ici.mss or (ici.cwnd == INITIAL and ici.ssthresh >= _MOST_SSTHRESH):
         return None
     cwnd = max(min(ici.cwnd, -(-ici.max_window // ici.mss), MOST), 1)
     ssthresh = min(max(ici.ssthresh, 2), _MOST_SSTHRESH)

@@ -68,9 +68,11 @@ class Agent:
         self._words += ["--log-level", "debug", *options]
         self.process: subprocess.Popen[Any] | None = None
 
-    def start(self, *, crash_at: str = "", environment: Mapping[str, str] | None = None) -> None:
-        """Start it, and wait until it serves."""
-        command = [*AGENT, *self._words]
+    def start(
+        self, *, crash_at: str = "", environment: Mapping[str, str] | None = None, prefix: Sequence[str] = ()
+    ) -> None:
+        """Start it, by the command ``prefix`` if there is one, and wait until it serves."""
+        command = [*prefix, *AGENT, *self._words]
         begun = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "ab") as log:
             self.process = self.host.popen(

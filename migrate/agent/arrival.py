@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -37,6 +38,8 @@ _log = get_logger(__name__)
 
 class Arrival(Handoff):
     """One batch on its way here. ``source`` is where its agent speaks from, "HOST:PORT" or "unix:…"."""
+
+    machine: DestinationHandoff
 
     def __init__(self, machine: DestinationHandoff, driver: Arrivals) -> None:
         super().__init__(machine, driver)
@@ -171,11 +174,15 @@ class Arrivals(Driver):
             else:
                 good.append((connection, record))
         built = restore_many([record for _, record in good], activate=False)
-        for (connection, _), sock in zip(good, built, strict=True):
+        for (connection, record), sock in zip(good, built, strict=True):
             if isinstance(sock, Error):
                 refused[connection.id] = sock.what
             else:
                 batch.sockets[connection.four_tuple] = sock
+                if self.host.paths is not None:
+                    # What was learnt grows old from the dump on. A transfer takes next to no time, a restart does not.
+                    age = time.time() - record.origin_time / 1e9 if batch.machine.rebuilt else 0.0
+                    self.host.paths.carry(sock, age=max(age, 0.0))
         return refused
 
     def _rebuild(self, batch: Arrival, command: do.Rebuild) -> Again | None:

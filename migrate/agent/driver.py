@@ -26,6 +26,7 @@ from migrate.handoff.ids import Connection
 from migrate.handoff.journal import Journal
 from migrate.handoff.machine import DEFAULT_TIMES, Machine, Times
 from migrate.handoff.registry import OwnershipRegistry
+from migrate.pathstate import PathState
 
 __all__ = ["Driver", "Handler", "Handoff", "Host", "tuples_of"]
 
@@ -45,6 +46,7 @@ class Host:
     metrics: Metrics
     dial: Callable[[str], Stream]
     events: Events
+    paths: PathState | None = None
     registry: OwnershipRegistry | None = None
     times: Times = DEFAULT_TIMES
 

@@ -46,10 +46,11 @@ from migrate.agent.recovery import recover
 from migrate.agent.steering import Steerer
 from migrate.agent.tls import expiry
 from migrate.agent.v1 import handoff_pb2, handoff_pb2_grpc, migration_pb2, migration_pb2_grpc
-from migrate.errors import from_oserror
+from migrate.errors import Error, from_oserror
 from migrate.handoff.journal import Journal
 from migrate.handoff.messages import Message
 from migrate.handoff.registry import SqliteRegistry
+from migrate.pathstate import PathState
 
 __all__ = ["Settings", "serve"]
 
@@ -74,6 +75,7 @@ class Settings:
     adopt: Sequence[Rule] = field(default_factory=tuple)
     registry: Path | None = None
     metrics: str | None = None
+    path_state: bool = True
 
 
 def serve(settings: Settings, spawner: Spawner) -> None:
@@ -135,6 +137,7 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
             dial=links.dial,
             registry=registry,
             events=events,
+            paths=opened.enter_context(_paths()) if settings.path_state else None,
         )
         departures, arrivals = Departures(host), Arrivals(host)
         opened.callback(arrivals.close)
@@ -185,6 +188,14 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
         await migration.close()
         handoff.close()
         await server.stop(_GRACE)
+
+
+def _paths() -> contextlib.AbstractContextManager[PathState | None]:
+    try:
+        return PathState()
+    except Error as error:
+        _log.warning("connections that arrive begin with a new congestion window", why=str(error))
+        return contextlib.nullcontext()
 
 
 def _raise_descriptor_limit() -> None:

@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="who takes what arrives; LOCAL is ADDR:PORT or *, HOW child:CMD, systemd:CMD, relay:HOST:PORT or hold",
     )
     parser.add_argument("--registry", metavar="FILE", help="an ownership registry that agents of this machine share")
+    parser.add_argument(
+        "--no-path-state",
+        action="store_true",
+        help="connections that arrive begin with a new congestion window, not with the one they had",
+    )
     parser.add_argument("--metrics", metavar="ADDR:PORT", help="serve Prometheus metrics there")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.usage = "%(prog)s [-h] [OPTION ...] | %(prog)s init-tls DIR --name NAME ..."
@@ -68,6 +73,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             adopt=[parse_rule(text) for text in arguments.adopt],
             registry=None if arguments.registry is None else Path(arguments.registry),
             metrics=arguments.metrics,
+            path_state=not arguments.no_path_state,
         )
         serve(settings, spawner)
     finally:

@@ -39,8 +39,11 @@ class Line(NamedTuple):
 
 
 @contextlib.contextmanager
-def long_path(net: Lan, towards: Line, away: Line) -> Iterator[None]:
-    """Put it before the client of ``net``: ``towards`` the client, and ``away`` from it."""
+def long_path(net: Lan, towards: Line, away: Line) -> Iterator[int]:
+    """Put it before the client of ``net``: ``towards`` the client, and ``away`` from it.
+
+    Gives the carrying process's id: nothing comes out at either end while that is stopped.
+    """
     port = net.port("client")
     ip(
         [
@@ -67,8 +70,9 @@ def long_path(net: Lan, towards: Line, away: Line) -> Iterator[None]:
             target=_carry, args=[((hosts, end, towards), (end, hosts, away))], daemon=True
         )
         process.start()
+    assert process.pid is not None
     try:
-        yield
+        yield process.pid
     finally:
         process.kill()
         process.join()
