@@ -19,11 +19,11 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import pytest
 
@@ -54,11 +54,38 @@ class Done(NamedTuple):
         return self.objects[-1]["summary"]  # type: ignore[no-any-return]
 
 
+class Process(Protocol):
+    """What is needed of a subprocess.Popen."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def kill(self) -> None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int) -> None: ...
+
+
+class Runner(Protocol):
+    """Starts `tcpmig agent` with these words in that host."""
+
+    def __call__(self, host: Host, words: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> Process: ...
+
+
+def popen(
+    host: Host, words: Sequence[str], log: IO[bytes], environment: Mapping[str, str], prefix: Sequence[str] = ()
+) -> Process:
+    """As a program, by the command ``prefix`` if there is one."""
+    return host.popen([*prefix, *AGENT, *words], stderr=log, env=environment)
+
+
 class Agent:
     """An agent of one host, and its state across restarts."""
 
-    def __init__(self, host: Host, directory: Path, tls: Path, options: Sequence[str]) -> None:
+    def __init__(
+        self, host: Host, directory: Path, tls: Path, options: Sequence[str], *, runner: Runner = popen
+    ) -> None:
         self.host = host
+        self._runner = runner
         self.directory = directory
         self.socket = directory / "agent.sock"
         self.address = f"{host.ip4}:{PORT}"
@@ -66,25 +93,28 @@ class Agent:
         self._words = ["--listen", self.address, "--tls", str(tls), "--socket", str(self.socket)]
         self._words += ["--state-dir", str(directory / "state"), "--key-dir", str(directory / "key")]
         self._words += ["--log-level", "debug", *options]
-        self.process: subprocess.Popen[Any] | None = None
+        self.process: Process | None = None
 
     def start(
-        self, *, crash_at: str = "", environment: Mapping[str, str] | None = None, prefix: Sequence[str] = ()
+        self,
+        *,
+        crash_at: str = "",
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
-        """Start it, by the command ``prefix`` if there is one, and wait until it serves."""
-        command = [*prefix, *AGENT, *self._words]
+        """Start it, by the command ``prefix`` if there is one, and wait until it serves or has died as it was told."""
+        run = partial(popen, prefix=prefix) if prefix else self._runner
         begun = self.log.stat().st_size if self.log.exists() else 0
         with open(self.log, "ab") as log:
-            self.process = self.host.popen(
-                command, stderr=log, env={**os.environ, "TCPMIG_CRASH_AT": crash_at, **(environment or {})}
-            )
-        process = self.process
+            more = {"TCPMIG_CRASH_AT": crash_at, **(environment or {})}
+            process = self.process = run(self.host, [*self._words, *options], log, {**os.environ, **more})
 
         def ready() -> bool:
             assert crash_at or process.poll() is None, f"the agent ended: {self.log.read_text()}"
             return process.poll() is not None or "agent started" in self.log.read_text()[begun:]
 
-        until(ready, what=f"the agent of {self.host.name} serves")
+        until(ready, within=60, what=f"the agent of {self.host.name} serves")
 
     def kill(self) -> None:
         """Without a word."""

@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import msgspec
+
 from migrate.adopt.spawner import Gate
 from migrate.agent.adoption import Rule
 from migrate.agent.driver import Driver, Handoff, Host, tuples_of
@@ -60,6 +62,7 @@ class Arrivals(Driver):
         self._diag = SockDiag()
         self.handlers |= {
             do.Check: self._check,
+            do.WriteJournal: self._write_journal,
             do.Carry: self._carry,
             do.RestoreSilent: self._restore,
             do.Rebuild: self._rebuild,
@@ -80,6 +83,7 @@ class Arrivals(Driver):
     def recover(self, row: do.Row) -> None:
         """A batch of an earlier agent."""
         batch = self.batches[row.peer, row.batch] = Arrival(DestinationHandoff.recover(row, self.host.times), self)
+        batch.source = row.source
         self.host.metrics.batches("destination", 1)
         self.host.holds.claim(row.batch, tuples_of(row.connections))
         self.host.engine.give(batch, Restarted())
@@ -131,6 +135,10 @@ class Arrivals(Driver):
             if not self.batches:
                 with contextlib.suppress(Error):
                     self.host.carrier.drop_unused()
+
+    def _write_journal(self, batch: Arrival, command: do.WriteJournal) -> None:  # type: ignore[override]
+        # What stays at the source is forwarded there also by an agent that was restarted and has not heard from it.
+        self.host.journal.write(msgspec.structs.replace(command.row, source=batch.source), command.records)
 
     def _check(self, batch: Arrival, command: do.Check) -> Checked:
         if batch.machine.steer:

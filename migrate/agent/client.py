@@ -106,7 +106,7 @@ class Client:
         return response.stayed, response.committed
 
     def settle(self, batch: str, *, committed: bool) -> None:
-        """Decide a batch in doubt, in place of a destination that is gone for good."""
+        """Decide a batch in place of its other side, which is gone for good; a destination takes only ``committed``."""
         verdict = pb.VERDICT_COMMITTED if committed else pb.VERDICT_DISCARDED
         settle = pb.SettleBatch(batch=batch, verdict=verdict)
         self._call(self._stub.Resolve, pb.ResolveRequest(settle=settle))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from migrate.agent.logging import get_logger
-from migrate.errors import Error, RemoteError
+from migrate.errors import Error, HostError, RemoteError
 from migrate.handoff import commands as do
 from migrate.handoff.events import Event, Failed, Timeout
 from migrate.handoff.machine import Machine
@@ -27,9 +27,10 @@ from migrate.handoff.messages import Message
 __all__ = ["CRASH_AT", "Again", "Batch", "Engine", "Later", "Performer", "Stream"]
 
 CRASH_AT = "TCPMIG_CRASH_AT"
-"""The environment variable that names the crash point (docs/handoff.md) at which the agent kills itself, for tests.
+"""The environment variable that says where something goes wrong on purpose, for tests: POINT=FATE, with commas.
 
-``POINT=STOP`` stops it there instead (SIGSTOP), until it is continued.
+A point is a crash point (docs/handoff.md), met once. KILL, or no fate: the agent kills itself there. STOP: it stops
+itself (SIGSTOP) until it is continued. FAIL: the command after the point fails.
 """
 
 RETRY = 0.2  # seconds until a command that goes on until done is tried again
@@ -102,8 +103,8 @@ class Engine:
         self._poll.register(self._wake, select.POLLIN)
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine")
-        self._crash_at, _, fate = os.environ.get(CRASH_AT, "").partition("=")
-        self._fate = signal.SIGSTOP if fate == "STOP" else signal.SIGKILL
+        words = os.environ.get(CRASH_AT, "").split(",")
+        self._faults = {point: fate or "KILL" for point, _, fate in (word.partition("=") for word in words)}
 
     def start(self) -> None:
         """From here calls are carried out."""
@@ -184,12 +185,16 @@ class Engine:
         self.later(seconds, lambda: self.give(batch, Timeout(serial)))
 
     def _carry_out(self, batch: Batch, todo: _Todo) -> None:
-        if todo.point == self._crash_at:
-            self._crash_at = ""
-            os.kill(os.getpid(), self._fate)
+        fate = self._faults.pop(todo.point, None)
+        if fate is not None:
+            _log.warning("a fault on purpose", point=todo.point, fate=fate)
+        if fate in ("KILL", "STOP"):
+            signal.raise_signal(signal.Signals[f"SIG{fate}"])  # to this thread: it does not come out of the call
         if todo.command is None:
             return
         try:
+            if fate == "FAIL":
+                raise HostError("a fault on purpose")
             outcome = batch.performer.perform(batch, todo.command)
         except Exception as error:
             self._failed(batch, todo, error)

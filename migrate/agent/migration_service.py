@@ -13,11 +13,13 @@ import grpc.aio
 from migrate.agent.arrival import Arrivals
 from migrate.agent.departure import Departures
 from migrate.agent.events import Events
+from migrate.agent.logging import get_logger
 from migrate.agent.move import Move, Wish
 from migrate.agent.v1 import migration_pb2 as pb
 from migrate.agent.v1 import migration_pb2_grpc, types_pb2
 from migrate.errors import Error, NotFound, UsageError
 from migrate.fourtuple import FourTuple, parse_endpoint
+from migrate.handoff.destination import DestinationHandoff
 from migrate.handoff.events import Resolved
 from migrate.handoff.ids import ID_BYTES
 from migrate.kernel import tcpinfo
@@ -30,6 +32,8 @@ __all__ = ["MigrationService", "selector_of"]
 _LIST_CHUNK = 1000  # connections in a message
 
 _notsent = tcpinfo.reader("notsent_bytes")
+
+_log = get_logger(__name__)
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -129,6 +133,7 @@ class MigrationService(migration_pb2_grpc.MigrationServicer):
             if dry_run:
                 await move.dry_run()
                 return
+            _log.info("move started", move=move.id, agents=",".join(wish.destinations))
             self._events.tell(pb.EVENT_KIND_MOVE_STARTED, move_id=move.id, agent=wish.destinations[0])
             summary = await move.run()
             self._events.tell(
@@ -149,10 +154,14 @@ class MigrationService(migration_pb2_grpc.MigrationServicer):
             raise UsageError(f"{settle.batch!r} is no batch", hint="32 hexadecimal digits") from None
 
         def decide() -> int:
-            batch = self._departures.batches.get(key)
+            arriving = (each for (_, batch), each in self._arrivals.batches.items() if batch == key)
+            batch = self._departures.batches.get(key) or next(arriving, None)
             if batch is None:
-                raise NotFound(f"there is no batch {settle.batch} on its way out of here")
-            self._departures.host.engine.give(batch, Resolved(settle.verdict == pb.VERDICT_COMMITTED))
+                raise NotFound(f"there is no batch {settle.batch} on its way here or out of here")
+            committed = settle.verdict == pb.VERDICT_COMMITTED
+            if batch.machine.role == DestinationHandoff.role and not committed:
+                raise UsageError("what this host has committed to stays here", hint="VERDICT_COMMITTED")
+            self._departures.host.engine.give(batch, Resolved(committed))
             return len(batch.machine.connections)
 
         return pb.ResolveResponse(verdicts=[settle.verdict] * await self._in_engine(decide))

@@ -55,7 +55,10 @@ class OnConnections(Command, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch as the journal has it: enough to rebuild the machine. ``peer`` is the other agent, as ours names it."""
+    """A batch as the journal has it: enough to rebuild the machine. ``peer`` is the other agent, as ours names it.
+
+    ``source`` is for the driver at the destination: the address from which the source's agent spoke.
+    """
 
     batch: bytes
     role: str
@@ -66,6 +69,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     steer: str = ""
     shared: bool = False
     journal: str = ""
+    source: str = ""
 
 
 # ---- both sides

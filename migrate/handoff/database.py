@@ -49,22 +49,27 @@ class Database:
         run("PRAGMA synchronous=OFF")
         run("PRAGMA secure_delete=ON")
         run("PRAGMA temp_store=MEMORY")
-        with self.transaction():
-            found = run("PRAGMA user_version").fetchone()[0]
-            if found == 0:
-                for statement in schema.split(";"):
-                    run(statement)
-                run("CREATE TABLE identity(name TEXT NOT NULL)")
-                run("INSERT INTO identity VALUES(?)", (new_id().hex(),))
-                run(f"PRAGMA application_id={application:d}")
-                run(f"PRAGMA user_version={version:d}")
-            elif found != version:
-                raise HostError(
-                    f"{self.path} has the layout {found}, and this program knows {version}",
-                    hint="let the program that wrote it finish, or name another directory",
-                )
-            name: str = run("SELECT name FROM identity").fetchone()[0]
+        if self._layout() == 0:
+            with self.transaction():
+                if self._layout() == 0:  # else another process was quicker
+                    for statement in schema.split(";"):
+                        run(statement)
+                    run("CREATE TABLE identity(name TEXT NOT NULL)")
+                    run("INSERT INTO identity VALUES(?)", (new_id().hex(),))
+                    run(f"PRAGMA application_id={application:d}")
+                    run(f"PRAGMA user_version={version:d}")
+        # From here without a lock: somebody who has the file locked keeps nobody from starting.
+        if self._layout() != version:
+            raise HostError(
+                f"{self.path} has the layout {self._layout()}, and this program knows {version}",
+                hint="let the program that wrote it finish, or name another directory",
+            )
+        name: str = run("SELECT name FROM identity").fetchone()[0]
         return name
+
+    def _layout(self) -> int:
+        found: int = self.connection.execute("PRAGMA user_version").fetchone()[0]
+        return found
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

@@ -28,12 +28,12 @@ from migrate.sealed import Key
 __all__ = ["Journal"]
 
 _APPLICATION = 0x4943494A  # "ICIJ"
-_VERSION = 2
+_VERSION = 3
 _SCHEMA = """
 CREATE TABLE handoff(
     number INTEGER PRIMARY KEY AUTOINCREMENT, batch BLOB NOT NULL, role TEXT NOT NULL, state TEXT NOT NULL,
     peer TEXT NOT NULL, steer TEXT NOT NULL, shared INTEGER NOT NULL, journal TEXT NOT NULL,
-    connections BLOB NOT NULL, refused BLOB NOT NULL, UNIQUE(batch, role));
+    source TEXT NOT NULL, connections BLOB NOT NULL, refused BLOB NOT NULL, UNIQUE(batch, role));
 CREATE TABLE records(number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE seen(
     id BLOB PRIMARY KEY, epoch INTEGER NOT NULL, number INTEGER NOT NULL, at INTEGER NOT NULL) WITHOUT ROWID;
@@ -47,7 +47,7 @@ _TAKE = f"""INSERT INTO seen VALUES(?, ?, ?, ?) ON CONFLICT(id) DO UPDATE SET
     WHERE excluded.epoch > seen.epoch AND NOT {_BUSY}"""
 _MARK = """INSERT INTO seen VALUES(?, ?, 0, ?) ON CONFLICT(id) DO UPDATE SET
     epoch = max(seen.epoch, excluded.epoch), at = excluded.at"""
-_ROWS = """SELECT batch, role, state, peer, steer, shared, journal, connections, refused
+_ROWS = """SELECT batch, role, state, peer, steer, shared, journal, source, connections, refused
     FROM handoff ORDER BY number"""
 _AT_ONCE = 500  # keys in one question; older SQLites take 999
 _CONNECTIONS = msgspec.msgpack.Decoder(tuple[Connection, ...])
@@ -121,7 +121,7 @@ class Journal:
     def _insert(self, row: Row, connections: bytes) -> int:
         run = self._database.connection
         cursor = run.execute(
-            "INSERT INTO handoff VALUES(NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO handoff VALUES(NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 row.batch,
                 row.role,
@@ -130,6 +130,7 @@ class Journal:
                 row.steer,
                 row.shared,
                 row.journal,
+                row.source,
                 connections,
                 _encode(row.refused),
             ),
@@ -171,10 +172,11 @@ class Journal:
                     steer=steer,
                     shared=bool(shared),
                     journal=journal,
+                    source=source,
                     connections=_CONNECTIONS.decode(connections),
                     refused=_REFUSED.decode(refused),
                 )
-                for batch, role, state, peer, steer, shared, journal, connections, refused in found
+                for batch, role, state, peer, steer, shared, journal, source, connections, refused in found
             ]
 
     def records(self, batch: bytes) -> dict[bytes, bytes]:

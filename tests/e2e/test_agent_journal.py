@@ -18,8 +18,8 @@ from migrate.agent.client import Client
 from migrate.errors import Error
 from migrate.fourtuple import FourTuple
 from migrate.selection import Selector
+from tests.crash_bench import stopped
 from tests.e2e.test_agent_move import VIP, name
-from tests.e2e.test_crash_matrix import stopped
 from tests.fix_agents import Agent, Agents
 from tests.fix_netns import Lan, LanFactory
 from tests.peers import connect

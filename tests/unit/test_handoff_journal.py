@@ -283,7 +283,7 @@ def foreign(path: Path) -> None:
 def newer(path: Path) -> None:
     Journal(path, KEY).close()
     with sqlite3.connect(path) as database:
-        database.execute("PRAGMA user_version=3")
+        database.execute("PRAGMA user_version=99")
     database.close()
 
 
@@ -303,7 +303,7 @@ def link(path: Path) -> None:
     ("make", "says"),
     [
         (foreign, "another program"),
-        (newer, "layout 3"),
+        (newer, "layout 99"),
         (garbage, "not a database"),
         (directory, "directory"),
         (link, "symbolic links"),

@@ -946,8 +946,8 @@ Global___AskVerdicts: _TypeAlias = AskVerdicts  # noqa: Y015
 
 @_typing.final
 class SettleBatch(_message.Message):
-    """Decides in place of a destination that is gone for good. If it is not gone after all, two hosts may own a connection:
-    make sure first.
+    """Decides in place of the other side, which is gone for good. If a destination is not gone after all, two hosts may own a
+    connection: make sure first.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -957,7 +957,9 @@ class SettleBatch(_message.Message):
     batch: _builtins.str
     """The batch in doubt, 32 hexadecimal digits, as results and events name it."""
     verdict: Global___Verdict.ValueType
-    """COMMITTED: the source releases the connections. DISCARDED: it lets them run on."""
+    """At the source, COMMITTED: it releases the connections. DISCARDED: it lets them run on. At the destination, where they
+    run, COMMITTED: it waits no longer for the source to say that it let go.
+    """
     def __init__(
         self,
         *,
