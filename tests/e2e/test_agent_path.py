@@ -17,8 +17,8 @@ from migrate.kernel.diag import Extension, SockDiag
 from migrate.pathstate import INITIAL
 from migrate.selection import Selector
 from tests.bench.longpath import Line, long_path
+from tests.crash_bench import stopped
 from tests.e2e.test_agent_move import VIP, name
-from tests.e2e.test_crash_matrix import stopped
 from tests.fix_agents import Agents
 from tests.fix_netns import LanFactory
 from tests.peers import Peer, connect
