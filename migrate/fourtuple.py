@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 from migrate.errors import UsageError
 
-__all__ = ["MAPPED", "FourTuple", "parse_endpoint", "unmapped"]
+__all__ = ["MAPPED", "Endpoint", "FourTuple", "endpoint_text", "parse_endpoint", "unmapped"]
 
 MAPPED = b"\0" * 10 + b"\xff\xff"  # ::ffff:0:0/96, RFC 4291 section 2.5.5.2
+
+Endpoint = tuple[bytes, int | None]
+"""A packed address, empty for any, and a port, None for any."""
 
 
 def unmapped(address: bytes) -> bytes:
@@ -65,7 +68,7 @@ _CONNECTION = "write 10.0.0.1:80,10.0.0.9:53972 or [fd00::1]:80,[fd00::9]:53972"
 _ENDPOINT = "write 10.0.0.1:80, [fd00::1]:80, or the address alone"
 
 
-def parse_endpoint(text: str) -> tuple[bytes, int | None]:
+def parse_endpoint(text: str) -> Endpoint:
     """Packed address, and port or None, of ``10.0.0.1:80``, ``[fd00::1]:80``, ``10.0.0.1``, ``[fd00::1]``.
 
     ``*`` stands for any address and gives no bytes. Raises UsageError.
@@ -85,6 +88,16 @@ def parse_endpoint(text: str) -> tuple[bytes, int | None]:
     if not re.fullmatch("0|[1-9][0-9]{0,4}", port) or int(port) > 0xFFFF:
         raise _misspelt(text, f"{port!r} is no port number", _ENDPOINT)
     return packed, int(port)
+
+
+def endpoint_text(end: Endpoint) -> str:
+    """What `parse_endpoint` reads as this endpoint."""
+    address, port = end
+    if len(address) == 16:
+        shown = f"[{socket.inet_ntop(socket.AF_INET6, address)}]"
+    else:
+        shown = socket.inet_ntoa(address) if address else "*"
+    return shown if port is None else f"{shown}:{port}"
 
 
 def _packed(family: socket.AddressFamily, address: str, text: str) -> bytes:

@@ -23,7 +23,8 @@ from migrate.agent.tls import load_channel_credentials
 from migrate.agent.v1 import migration_pb2 as pb
 from migrate.agent.v1 import migration_pb2_grpc, types_pb2
 from migrate.errors import UsageError
-from migrate.fourtuple import FourTuple
+from migrate.fourtuple import endpoint_text
+from migrate.relocate import LocalMap
 from migrate.selection import Selector
 
 __all__ = ["Client"]
@@ -61,16 +62,21 @@ class Client:
         destination: str,
         *,
         steer: str = "",
+        maps: Sequence[LocalMap] = (),
         when_quiet: float | None = None,
         dry_run: bool = False,
     ) -> Iterator[pb.MoveReport]:
-        """Move what the selector means to the agent at ``destination``; ``when_quiet`` in seconds."""
+        """Move what the selector means to the agent at ``destination``; ``when_quiet`` in seconds.
+
+        ``maps`` give connections other local ends there, and exclude ``steer``.
+        """
         request = pb.MigrateRequest(
             selector=_selector(selector),
             destination=destination,
             steering=_steering(steer),
             when_quiet=_duration(when_quiet),
             dry_run=dry_run,
+            maps=_maps(maps),
         )
         for response in self._stream(self._stub.Migrate, request):
             yield response.report
@@ -80,12 +86,17 @@ class Client:
         destinations: Sequence[str],
         *,
         steer: str = "",
+        maps: Sequence[LocalMap] = (),
         when_quiet: float | None = None,
         dry_run: bool = False,
     ) -> Iterator[pb.MoveReport]:
-        """Move everything, to the first of these agents that takes it."""
+        """Move everything, to the first of these agents that takes it. With ``maps`` there is only one."""
         request = pb.DrainRequest(
-            destinations=destinations, steering=_steering(steer), when_quiet=_duration(when_quiet), dry_run=dry_run
+            destinations=destinations,
+            steering=_steering(steer),
+            when_quiet=_duration(when_quiet),
+            dry_run=dry_run,
+            maps=_maps(maps),
         )
         for response in self._stream(self._stub.Drain, request):
             yield response.report
@@ -130,23 +141,16 @@ class Client:
 def _selector(selector: Selector) -> types_pb2.Selector:
     return types_pb2.Selector(
         connection=str(selector.connection) if selector.connection else "",
-        local=_end(selector.local),
-        remote=_end(selector.remote),
+        local=endpoint_text(selector.local) if selector.local else "",
+        remote=endpoint_text(selector.remote) if selector.remote else "",
         states=[cast(Any, int(state)) for state in selector.states or ()],
         pid=selector.pid or 0,
         fd=selector.descriptor,
     )
 
 
-def _end(end: tuple[bytes, int | None] | None) -> str:
-    if end is None:
-        return ""
-    address, port = end
-    if not address:
-        return "*" if port is None else f"*:{port}"
-    zero = FourTuple(address, port or 0, address, 0)
-    text = str(zero).partition(",")[0]
-    return text if port is not None else text.rpartition(":")[0].strip("[]")
+def _maps(maps: Sequence[LocalMap]) -> list[types_pb2.LocalMap]:
+    return [types_pb2.LocalMap(old=endpoint_text(each.old), new=endpoint_text(each.new)) for each in maps]
 
 
 def _steering(words: str) -> types_pb2.Steering | None:

@@ -25,7 +25,7 @@ from migrate.handoff.ids import Connection
 from migrate.handoff.messages import Message, Released
 from migrate.handoff.source import SourceHandoff
 from migrate.ici import Ici
-from migrate.kernel import sockopt
+from migrate.kernel import segment, sockopt
 from migrate.kernel.diag import SockDiag
 from migrate.kernel.pidfd import owners_of
 from migrate.kernel.priority import undisturbed
@@ -150,6 +150,8 @@ class Departures(Driver):
                     batch.gone.add(connection.id)
                 continue
             record.id, record.epoch = connection.id, connection.epoch
+            if connection.there is not None:
+                record.local, record.local_port = connection.there.local, connection.there.local_port
             records[connection.id] = record.encode()
             batch.frozen[connection.four_tuple] = record
         batch.record_bytes = sum(map(len, records.values()))
@@ -200,7 +202,7 @@ class Departures(Driver):
         if batch.stream is None and command.dial:
             batch.stream = self.host.dial(batch.machine.peer)
         if command.dial:
-            kept = self.host.holds.take(batch.machine.batch, tuples_of(command.connections))
+            kept = self._kept(batch, command.connections)
             if batch.stream is not None:
                 batch.stream.send(Released(batch=batch.machine.batch, kept=kept))
             batch.sending = True
@@ -210,9 +212,22 @@ class Departures(Driver):
             self._send_on(batch)
 
     def _send_on(self, batch: Departure) -> None:
-        kept = self.host.holds.take(batch.machine.batch, tuples_of(batch.machine.moving))
+        kept = self._kept(batch, batch.machine.moving)
         if kept and batch.stream is not None:
             batch.stream.send(Released(batch=batch.machine.batch, kept=kept))
+
+    def _kept(self, batch: Departure, connections: Sequence[Connection]) -> tuple[bytes, ...]:
+        """What the hold has kept for them, addressed as the destination names them."""
+        packets = self.host.holds.take(batch.machine.batch, tuples_of(connections))
+        there = {each.four_tuple: each.there for each in connections if each.there is not None}
+        if not packets or not there:
+            return packets
+        readdressed = []
+        for packet in packets:
+            with contextlib.suppress(Error):  # damaged: the peer repeats it
+                new = there.get(segment.four_tuple(packet))
+                readdressed.append(packet if new is None else segment.readdressed(packet, new))
+        return tuple(readdressed)
 
     def _lift_hold(self, batch: Batch, command: do.LiftHold) -> None:
         self.host.holds.drop(batch.machine.batch, tuples_of(command.connections))  # they live elsewhere

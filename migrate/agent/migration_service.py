@@ -24,6 +24,7 @@ from migrate.handoff.events import Resolved
 from migrate.handoff.ids import ID_BYTES
 from migrate.kernel import tcpinfo
 from migrate.kernel.diag import Extension
+from migrate.relocate import LocalMap, LocalMaps
 from migrate.selection import Found, Selector, find
 from migrate.tcpstate import TcpState
 
@@ -69,7 +70,8 @@ class MigrationService(migration_pb2_grpc.MigrationServicer):
         selector = selector_of(request.selector)
         if selector.empty:
             raise UsageError("which connections?", hint="an empty selector means all, and Drain moves all")
-        wish = Wish(selector, [_agent(request.destination)], _steer(request.steering), _quiet(request))
+        destinations = [_agent(request.destination)]
+        wish = Wish(selector, destinations, _steer(request.steering), _quiet(request), _maps(request))
         async for report in self._reports(wish, dry_run=request.dry_run):
             yield pb.MigrateResponse(report=report)
 
@@ -78,7 +80,7 @@ class MigrationService(migration_pb2_grpc.MigrationServicer):
         if not request.destinations:
             raise UsageError("where to?", hint="name at least one agent")
         destinations = [_agent(each) for each in request.destinations]
-        wish = Wish(Selector(), destinations, _steer(request.steering), _quiet(request))
+        wish = Wish(Selector(), destinations, _steer(request.steering), _quiet(request), _maps(request))
         async for report in self._reports(wish, dry_run=request.dry_run):
             yield pb.DrainResponse(report=report)
 
@@ -270,6 +272,10 @@ def _quiet(request: pb.MigrateRequest | pb.DrainRequest) -> float | None:
     if not 0 < seconds <= 86400:
         raise UsageError("when_quiet is not between 0 and 86400 seconds")
     return seconds
+
+
+def _maps(request: pb.MigrateRequest | pb.DrainRequest) -> LocalMaps:
+    return LocalMaps(LocalMap.parse(each.old, each.new) for each in request.maps)
 
 
 def _connection(found: Found) -> pb.Connection:

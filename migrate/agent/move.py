@@ -13,7 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
@@ -29,6 +29,7 @@ from migrate.handoff.ids import new_id
 from migrate.handoff.machine import Times
 from migrate.handoff.source import SourceHandoff
 from migrate.kernel.diag import Extension
+from migrate.relocate import LocalMaps
 from migrate.selection import Found, Selector, Takers, find
 from migrate.tcpstate import TcpState
 
@@ -42,29 +43,44 @@ PATIENCE = 30.0  # seconds until a batch that is not decided is reported as in d
 # Microseconds, measured between two agents on one machine of two cores: for a batch, a connection, a byte.
 FROZEN_BATCH, FROZEN_EACH, FROZEN_BYTE = 4000, 80, 0.01
 
+_CLASH = Refused("it would become the same connection as another of this move", hint="map it to another port")
 _PASSING = {TcpState.TIME_WAIT, TcpState.SYN_RECEIVED}
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What somebody wants moved. ``when_quiet`` in seconds; ``destinations`` are tried in their order."""
+    """What somebody wants moved. ``when_quiet`` in seconds; ``destinations`` are tried in their order.
+
+    Raises UsageError for what does not go together.
+    """
 
     selector: Selector
     destinations: Sequence[str]
     steer: str = ""
     when_quiet: float | None = None
+    maps: LocalMaps = field(default_factory=LocalMaps)
+
+    def __post_init__(self) -> None:
+        check_words(self.steer)
+        if self.maps and self.steer:
+            raise UsageError(
+                "steering brings the old local ends to the destination, and a map gives them up",
+                hint="with a map, point whatever translates addresses to the new ones; leave steering out",
+            )
+        if self.maps and len(self.destinations) > 1:
+            raise UsageError(
+                "a map names an address of one host, and there are several destinations", hint="name one destination"
+            )
 
 
 class Move:
     """``report`` is called in the event loop with everything there is to say."""
 
     def __init__(self, departures: Departures, wish: Wish, report: Callable[[migration_pb2.MoveReport], None]) -> None:
-        """Raises UsageError for words that are no steering."""
-        check_words(wish.steer)
         self.id = os.urandom(8).hex()
         self._departures = departures
         self._wish = wish
-        self._reporter = Reporter(self.id, report)
+        self._reporter = Reporter(self.id, report, wish.maps.there)
         self._aborted = False
         self._loop = asyncio.get_running_loop()
         self._takers = Takers()
@@ -72,14 +88,17 @@ class Move:
         self._over = asyncio.Event()
 
     async def plan(self) -> tuple[list[Found], dict[FourTuple, Error]]:
-        """What would be tried, and what not and why. Raises NotFound if nothing was selected."""
+        """What would be tried, and what not and why. Raises UsageError for a map that is about nothing."""
         found = await asyncio.to_thread(find, self._wish.selector, extensions=Extension.INFO)
         ours = os.getpid()  # the agents' own connections
         found = [each for each in found if all(owner.pid != ours for owner in each.owners) or not each.owners]
         if self._wish.selector.empty:
             found = [each for each in found if not _loopback(each.connection.four_tuple.local)]
         obstacles = {each.connection.four_tuple: each.obstacle for each in found}
-        refused = {each: why for each, why in obstacles.items() if why is not None}
+        refused: dict[FourTuple, Error] = {each: why for each, why in obstacles.items() if why is not None}
+        if obstacles and (maps := self._wish.maps):
+            maps.check_used(obstacles)
+            refused |= dict.fromkeys(maps.clashes(each for each in obstacles if each not in refused), _CLASH)
         return [each for each in found if each.connection.four_tuple not in refused], refused
 
     def abort(self) -> None:
@@ -212,6 +231,8 @@ class Move:
         host = self._departures.host
         sockets, _ = self._takers.take({each.connection.four_tuple: each.owners for each in found})
         named = host.journal.name((each.connection.four_tuple, each.connection.cookie) for each in found)
+        if self._wish.maps:
+            named = tuple(msgspec.structs.replace(each, there=self._wish.maps.there(each.four_tuple)) for each in named)
         machine = SourceHandoff(
             new_id(),
             destination,

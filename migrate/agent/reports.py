@@ -11,7 +11,7 @@ from migrate.agent.errors import to_problem
 from migrate.agent.v1 import migration_pb2 as pb
 from migrate.agent.v1 import types_pb2
 from migrate.errors import Error
-from migrate.fourtuple import FourTuple
+from migrate.fourtuple import FourTuple, endpoint_text
 
 __all__ = ["Outcomes", "Reporter", "stayed"]
 
@@ -22,11 +22,17 @@ Outcomes = Mapping[FourTuple, tuple[int, Error | None]]
 
 
 class Reporter:
-    """The voice of one move; ``say`` is given each report."""
+    """The voice of one move; ``say`` is given each report.
 
-    def __init__(self, move_id: str, say: Callable[[pb.MoveReport], None]) -> None:
+    ``there`` is what a connection is called at the destination, None if as it is called here.
+    """
+
+    def __init__(
+        self, move_id: str, say: Callable[[pb.MoveReport], None], there: Callable[[FourTuple], FourTuple | None]
+    ) -> None:
         self._id = move_id
         self._say = say
+        self._there = there
         self._began = time.monotonic_ns()
         self._counts: Counter[int] = Counter()
         self._frozen_us: list[int] = []
@@ -57,7 +63,7 @@ class Reporter:
                 move_id=self._id,
                 selected=len(outcomes),
                 movable=movable,
-                expected=_results(part, 0),
+                expected=self._results(part, 0),
                 destination=destination,
                 expected_frozen_us=frozen_us,
             )
@@ -88,7 +94,7 @@ class Reporter:
         """What became of these; ``phases`` are name, begin and length in nanoseconds at the source."""
         if not outcomes:
             return
-        results = _results(outcomes, frozen_us)
+        results = self._results(outcomes, frozen_us)
         for phase, start, length in phases:
             results.timings.add(
                 phase=types_pb2.Phase.Value(f"PHASE_{phase.upper()}"),
@@ -121,25 +127,30 @@ class Reporter:
         self._say(pb.MoveReport(summary=summary))
         return summary
 
+    def _results(self, outcomes: Outcomes, frozen_us: int) -> types_pb2.Results:
+        failures: dict[str, types_pb2.Failure] = {}
+        for position, (_, why) in enumerate(outcomes.values()):
+            if why is not None:
+                failure = failures.setdefault(str(why), types_pb2.Failure(problem=to_problem(why)))
+                failure.positions.append(position)
+        numbers: Sequence[int] = [outcome for outcome, _ in outcomes.values()]
+        moved_to = [self._moved_to(each, outcome) for each, (outcome, _) in outcomes.items()]
+        return types_pb2.Results(
+            connections=[str(each) for each in outcomes],
+            outcomes=cast(Any, numbers),
+            frozen_us=[frozen_us if number == types_pb2.OUTCOME_DONE else 0 for number in numbers],
+            failures=list(failures.values()),
+            moved_to=moved_to if any(moved_to) else (),
+        )
+
+    def _moved_to(self, each: FourTuple, outcome: int) -> str:
+        there = self._there(each) if outcome == types_pb2.OUTCOME_DONE else None
+        return "" if there is None else endpoint_text((there.local, there.local_port))
+
 
 def stayed(tuples: Iterable[FourTuple], why: Error) -> Outcomes:
     """All of these stay, for one reason."""
     return dict.fromkeys(tuples, (types_pb2.OUTCOME_STAYED, why))
-
-
-def _results(outcomes: Outcomes, frozen_us: int) -> types_pb2.Results:
-    failures: dict[str, types_pb2.Failure] = {}
-    for position, (_, why) in enumerate(outcomes.values()):
-        if why is not None:
-            failure = failures.setdefault(str(why), types_pb2.Failure(problem=to_problem(why)))
-            failure.positions.append(position)
-    numbers: Sequence[int] = [outcome for outcome, _ in outcomes.values()]
-    return types_pb2.Results(
-        connections=[str(each) for each in outcomes],
-        outcomes=cast(Any, numbers),
-        frozen_us=[frozen_us if number == types_pb2.OUTCOME_DONE else 0 for number in numbers],
-        failures=list(failures.values()),
-    )
 
 
 def _parts(outcomes: Outcomes) -> Iterator[Outcomes]:

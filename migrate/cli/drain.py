@@ -22,6 +22,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         reports = agent.drain(
             [each for each in arguments.to.split(",") if each],
             steer=arguments.steer,
+            maps=moving.maps(arguments),
             when_quiet=arguments.when_quiet,
             dry_run=arguments.dry_run,
         )

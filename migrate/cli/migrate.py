@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             chosen,
             arguments.to,
             steer=arguments.steer,
+            maps=moving.maps(arguments),
             when_quiet=arguments.when_quiet,
             dry_run=arguments.dry_run,
         )

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from migrate.agent.client import Client
     from migrate.agent.v1.migration_pb2 import MoveReport
     from migrate.agent.v1.types_pb2 import Results
+    from migrate.relocate import LocalMap
 
-__all__ = ["add_agent", "add_options", "client", "follow"]
+__all__ = ["add_agent", "add_options", "client", "follow", "maps"]
 
 _BAR = 0.1  # seconds between two looks of the bar
 _WIDTH = 30
@@ -34,6 +35,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_agent(parser)
     parser.add_argument("--when-quiet", metavar="SECONDS", type=float, help="wait, at most that long, for quiet points")
     parser.add_argument("--steer", metavar="HOW", default="", help="vip:DEV, or forward: how the segments find it")
+    parser.add_argument(
+        "--map",
+        metavar="OLD=NEW",
+        action="append",
+        default=[],
+        help="connections with the local end OLD, an ADDR[:PORT], get NEW there, where a NAT hides it from the peers; "
+        "may be given several times; excludes --steer",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what would move, and what not and why")
 
 
@@ -44,6 +53,19 @@ def client(arguments: argparse.Namespace) -> Client:
     if arguments.when_quiet is not None and not 0 < arguments.when_quiet <= 86400:
         raise UsageError("--when-quiet takes between 0 and 86400 seconds")
     return Client(f"unix:{arguments.socket}")
+
+
+def maps(arguments: argparse.Namespace) -> list[LocalMap]:
+    """What --map says. Raises UsageError."""
+    from migrate.relocate import LocalMap
+
+    chosen = []
+    for text in arguments.map:
+        old, equals, new = text.partition("=")
+        if not equals:
+            raise UsageError(f"{text!r} maps nothing", hint="write OLD=NEW, as in 10.0.0.2:8080=10.0.0.3:8080")
+        chosen.append(LocalMap.parse(old, new))
+    return chosen
 
 
 def follow(reports: Iterator[MoveReport], output: Output, *, dry_run: bool) -> int:
@@ -115,7 +137,11 @@ def _results(results: Results, output: Output, destination: str, *, expected: bo
         if results.frozen_us and outcome == 1:
             record["frozen_us"] = results.frozen_us[position]
         word = ("would move" if expected else "moved") if outcome == 1 else _OUTCOMES.get(outcome, "unknown")
-        output.data(f"{name}: {word}" + (f": {why}" if why else f" to {destination}"), record)
+        where = f" to {destination}"
+        if results.moved_to and results.moved_to[position]:
+            record |= {"local": name.partition(",")[0], "moved_to": results.moved_to[position]}
+            where += f", as {results.moved_to[position]}"
+        output.data(f"{name}: {word}" + (f": {why}" if why else where), record)
 
 
 class _Bar:

@@ -19,11 +19,20 @@ ID_BYTES = 16
 
 
 class Connection(msgspec.Struct, frozen=True, array_like=True):
-    """One connection at one point of its life: id (16 bytes), epoch (from 1), four-tuple as its owner names it."""
+    """One connection at one point of its life: id (16 bytes), epoch (from 1), four-tuple as its owner names it.
+
+    ``there`` is its four-tuple at the destination, if that is another one. Only the source has it: what it tells the
+    destination, records and packets included, is in the destination's words.
+    """
 
     id: bytes
     epoch: int
     four_tuple: FourTuple
+    there: FourTuple | None = None
+
+    def at_destination(self) -> Connection:
+        """The same connection as the destination names it."""
+        return self if self.there is None else Connection(self.id, self.epoch, self.there)
 
 
 def new_id() -> bytes:

@@ -9,7 +9,7 @@ Only the table, what an event means in it, and how its commands are made may liv
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from migrate.handoff import commands as do
@@ -226,13 +226,16 @@ class SourceHandoff(Machine):
 
     def _ask(self, event: Event) -> do.Command:
         self.asked += 1
-        return do.Ask(say.Query(batch=self.batch, connections=self.connections))
+        return do.Ask(self._query())
+
+    def _query(self) -> say.Query:
+        return say.Query(batch=self.batch, connections=_at_destination(self.connections))
 
     def _prepare(self, event: Event) -> do.Command:
         return do.Send(
             say.Prepare(
                 batch=self.batch,
-                connections=self.connections,
+                connections=_at_destination(self.connections),
                 steer=self.steer,
                 registry=self.registry,
                 patience=self.times.patience,
@@ -240,7 +243,7 @@ class SourceHandoff(Machine):
         )
 
     def _offer(self, event: on_event.Frozen) -> do.Command:
-        return do.Send(say.Offer(batch=self.batch, connections=self.moving, records=event.records))
+        return do.Send(say.Offer(batch=self.batch, connections=_at_destination(self.moving), records=event.records))
 
     def _report(self, event: Event) -> do.Command:
         return do.Report("stayed" if self.state in (_S.STAYED, _S.SETTLING) else "moved", self.refused)
@@ -271,9 +274,13 @@ class SourceHandoff(Machine):
         do.Report: _report,
         say.Prepare: _prepare,
         say.Offer: _offer,
-        say.Query: lambda self, event: do.Send(say.Query(batch=self.batch, connections=self.connections)),
+        say.Query: lambda self, event: do.Send(self._query()),
         say.Abort: lambda self, event: do.Send(say.Abort(batch=self.batch)),
     }
+
+
+def _at_destination(connections: Iterable[Connection]) -> tuple[Connection, ...]:
+    return tuple(connection.at_destination() for connection in connections)
 
 
 _NAMED: Mapping[type[Event], SourceEvent] = {

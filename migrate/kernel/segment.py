@@ -25,7 +25,21 @@ from migrate.errors import Error, HostError, from_oserror
 from migrate.fourtuple import FourTuple
 from migrate.kernel.route import Routes
 
-__all__ = ["ACK", "CWR", "ECE", "FIN", "PSH", "RST", "SYN", "URG", "Injector", "Segment", "fix_checksums", "four_tuple"]
+__all__ = [
+    "ACK",
+    "CWR",
+    "ECE",
+    "FIN",
+    "PSH",
+    "RST",
+    "SYN",
+    "URG",
+    "Injector",
+    "Segment",
+    "fix_checksums",
+    "four_tuple",
+    "readdressed",
+]
 
 FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = 1, 2, 4, 8, 16, 32, 64, 128
 
@@ -171,6 +185,14 @@ def fix_checksums(packet: bytes) -> bytes:
     fixed = bytearray(packet)
     _LITTLE.pack_into(fixed, place.tcp + _CHECKSUM, -(total - stated) % 0xFFFF)
     return bytes(fixed)
+
+
+def readdressed(packet: bytes, four_tuple: FourTuple) -> bytes:
+    """The segment as if it had been sent to ``four_tuple``. Raises Error for what is damaged or no TCP segment.
+
+    IP options and extension headers are left out.
+    """
+    return replace(Segment.parse(fix_checksums(packet)), four_tuple=four_tuple).build()
 
 
 class Injector:

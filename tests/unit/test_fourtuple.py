@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from migrate.errors import UsageError
-from migrate.fourtuple import FourTuple, parse_endpoint, unmapped
+from migrate.fourtuple import FourTuple, endpoint_text, parse_endpoint, unmapped
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,7 @@ def test_a_misspelt_four_tuple_is_explained(text: str, said: str) -> None:
 )
 def test_an_endpoint_is_spelt(text: str, address: bytes, port: int | None) -> None:
     assert parse_endpoint(text) == (address, port)
+    assert parse_endpoint(endpoint_text((address, port))) == (address, port)
 
 
 def test_only_mapped_addresses_are_unmapped() -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from migrate.errors import Conflict, HostError, RecordError
@@ -77,6 +78,16 @@ def test_a_batch_comes_back_as_it_was_written(journal: Journal, path: Path) -> N
     with Journal(path, KEY) as again:
         assert again.rows() == [source, destination]
         assert again.identity == identity
+
+
+def test_a_connection_that_gets_another_name_comes_back_with_both(journal: Journal, path: Path) -> None:
+    plain, mapped = connections(2)
+    mapped = msgspec.structs.replace(mapped, there=mapped.four_tuple._replace(local=b"\x0a\0\0\7"))
+    source = row("OFFERED", role="source", moving=(plain, mapped))
+    journal.write(source)
+    journal.close()
+    with Journal(path, KEY) as again:
+        assert again.rows() == [source]
 
 
 def test_a_state_is_replaced_and_the_rest_stays(journal: Journal) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from migrate.errors import RemoteError, UsageError
 from migrate.handoff import commands as do
 from migrate.handoff import events as on
 from migrate.handoff import messages as say
+from migrate.handoff.ids import Connection
 from migrate.handoff.machine import Times
 from migrate.handoff.source import SourceHandoff
 from tests.handoff_play import BATCH, A, B, C, Play
@@ -290,3 +292,21 @@ def test_a_message_out_of_turn_is_a_breach() -> None:
 def test_an_operator_has_nothing_to_say_where_nothing_is_in_doubt() -> None:
     with pytest.raises(UsageError, match="nothing to decide"):
         frozen().machine.receive(on.Resolved(True))
+
+
+def test_the_destination_hears_its_own_name_of_a_connection() -> None:
+    there = A.four_tuple._replace(local=b"\x0a\0\0\7", local_port=8080)
+    mapped, named = msgspec.structs.replace(A, there=there), Connection(A.id, A.epoch, there)
+    play = Play(SourceHandoff(BATCH, "b.example:7070", (mapped, B), times=TIMES))
+    play.gets(on.Start(), "PREPARING", do.WriteJournal, say.Prepare, do.StartTimer)
+    assert play.said() == say.Prepare(batch=BATCH, connections=(named, B), patience=2)
+    play.gets(PREPARED, "FREEZING", do.WriteJournal, do.Hold((mapped, B)), do.Freeze((mapped, B)))
+    records = {A.id: b"a", B.id: b"b"}
+    play.gets(on.Frozen(records, {}), "OFFERED", do.WriteJournal, say.Offer, do.StartTimer)
+    assert play.said() == say.Offer(batch=BATCH, connections=(named, B), records=records)
+    play.gets(on.Cancel(), "OFFERED", say.Query)
+    query = say.Query(batch=BATCH, connections=(named, B))
+    assert play.said() == query
+    play.gets(on.LinkLost(), "DOUBT", do.Ask(query), do.StartTimer)
+    release, kept = do.Release((mapped, B)), do.SendKept((mapped, B), BATCH, True)
+    play.gets(COMMITTED, "RELEASED", do.WriteJournal, release, kept, do.Steer, do.StartTimer)

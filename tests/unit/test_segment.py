@@ -8,13 +8,13 @@ from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from migrate.errors import Error
 from migrate.fourtuple import FourTuple
 from migrate.kernel import segment
-from migrate.kernel.segment import ACK, CWR, FIN, PSH, URG, Segment, fix_checksums, four_tuple
+from migrate.kernel.segment import ACK, CWR, FIN, PSH, URG, Segment, fix_checksums, four_tuple, readdressed
 
 V4 = FourTuple.parse("10.0.0.1:80,10.0.0.9:53972")
 V6 = FourTuple.parse("[fd00::1]:80,[fd00::9]:53972")
@@ -226,6 +226,26 @@ def test_what_nflog_cut_comes_back_shorter(flow: FourTuple) -> None:
     assert Segment.parse(cut) == replace(whole, flags=ACK, payload=payload[:-4])
     with pytest.raises(Error, match="cannot be verified"):
         fix_checksums(whole.build()[:-4])
+
+
+@given(segments, st.data())
+def test_a_readdressed_segment_says_the_same_to_another(made: Segment, data: st.DataObject) -> None:
+    size = len(made.four_tuple.local)
+    new = data.draw(st.builds(FourTuple, addresses(size), ports, addresses(size), ports))
+    for packet in (made.build(), unfinished(made.build())):
+        moved = readdressed(packet, new)
+        assert fix_checksums(moved) is moved
+        assert Segment.parse(moved) == replace(made, four_tuple=new)
+
+
+@given(segments, st.integers(min_value=0), st.integers(1, 255))
+def test_a_damaged_segment_is_not_readdressed(made: Segment, at: int, flip: int) -> None:
+    packet = bytearray(made.build())
+    payload = len(packet) - len(made.payload)
+    assume(made.payload)
+    packet[payload + at % len(made.payload)] ^= flip
+    with pytest.raises(Error):
+        readdressed(bytes(packet), made.four_tuple)
 
 
 @given(segments, st.integers(1, 400))

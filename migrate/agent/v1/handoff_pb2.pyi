@@ -185,8 +185,8 @@ class ConnectionList(_message.Message):
     ids: _builtins.bytes
     """Ids, 16 bytes each, one after the other."""
     four_tuples: _builtins.bytes
-    """Four-tuples, 36 bytes each, one after the other, as the owner names them: local address, local port, remote address,
-    remote port. An address takes 16 bytes, IPv4 as ::ffff:a.b.c.d; a port takes 2; all in network byte order.
+    """Four-tuples, 36 bytes each, one after the other, as the destination names them (the source may know them by another local
+    end: LocalMap), and so do the records and packets that follow: local address, local port, remote address, remote port. An address takes 16 bytes, IPv4 as ::ffff:a.b.c.d; a port takes 2; all in network byte order.
     """
     @_builtins.property
     def epochs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

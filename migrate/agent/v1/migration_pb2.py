@@ -27,17 +27,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from migrate.agent.v1 import types_pb2 as tcpmig_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tcpmig/v1/migration.proto\x12\ttcpmig.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15tcpmig/v1/types.proto\"?\n\x16ListConnectionsRequest\x12%\n\x08selector\x18\x01 \x01(\x0b\x32\x13.tcpmig.v1.Selector\"E\n\x17ListConnectionsResponse\x12*\n\x0b\x63onnections\x18\x01 \x03(\x0b\x32\x15.tcpmig.v1.Connection\"\xcd\x01\n\nConnection\x12\r\n\x05local\x18\x01 \x01(\t\x12\x0e\n\x06remote\x18\x02 \x01(\t\x12\"\n\x05state\x18\x03 \x01(\x0e\x32\x13.tcpmig.v1.TcpState\x12\x12\n\nrecv_queue\x18\x04 \x01(\x04\x12\x12\n\nsend_queue\x18\x05 \x01(\x04\x12\x0e\n\x06unsent\x18\x06 \x01(\x04\x12 \n\x06owners\x18\x07 \x03(\x0b\x32\x10.tcpmig.v1.Owner\x12\x12\n\nmigratable\x18\x08 \x01(\x08\x12\x0e\n\x06reason\x18\t \x01(\t\".\n\x05Owner\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x0c\n\x04\x63omm\x18\x03 \x01(\t\"e\n\x0b\x44umpRequest\x12%\n\x05start\x18\x01 \x01(\x0b\x32\x14.tcpmig.v1.DumpStartH\x00\x12\'\n\x06stored\x18\x02 \x01(\x0b\x32\x15.tcpmig.v1.DumpStoredH\x00\x42\x06\n\x04step\"\xa1\x01\n\tDumpStart\x12%\n\x08selector\x18\x01 \x01(\x0b\x32\x13.tcpmig.v1.Selector\x12\x15\n\rleave_running\x18\x02 \x01(\x08\x12\'\n\x04hold\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nwhen_quiet\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1b\n\nDumpStored\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\"h\n\x0c\x44umpResponse\x12)\n\x07records\x18\x01 \x01(\x0b\x32\x16.tcpmig.v1.RecordChunkH\x00\x12%\n\x07results\x18\x02 \x01(\x0b\x32\x12.tcpmig.v1.ResultsH\x00\x42\x06\n\x04part\"-\n\x0bRecordChunk\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07records\x18\x02 \x01(\x0c\"m\n\x0eRestoreRequest\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.tcpmig.v1.RestoreStartH\x00\x12)\n\x07records\x18\x02 \x01(\x0b\x32\x16.tcpmig.v1.RecordChunkH\x00\x42\x06\n\x04step\"5\n\x0cRestoreStart\x12%\n\x08\x61\x64option\x18\x01 \x01(\x0b\x32\x13.tcpmig.v1.Adoption\"E\n\x0fRestoreResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12#\n\x07results\x18\x02 \x01(\x0b\x32\x12.tcpmig.v1.Results\"\xb3\x01\n\x0eMigrateRequest\x12%\n\x08selector\x18\x01 \x01(\x0b\x32\x13.tcpmig.v1.Selector\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12%\n\x08steering\x18\x03 \x01(\x0b\x32\x13.tcpmig.v1.Steering\x12-\n\nwhen_quiet\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07\x64ry_run\x18\x05 \x01(\x08\"8\n\x0fMigrateResponse\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x15.tcpmig.v1.MoveReport\"\x8b\x01\n\x0c\x44rainRequest\x12\x14\n\x0c\x64\x65stinations\x18\x01 \x03(\t\x12%\n\x08steering\x18\x02 \x01(\x0b\x32\x13.tcpmig.v1.Steering\x12-\n\nwhen_quiet\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\"6\n\rDrainResponse\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x15.tcpmig.v1.MoveReport\"\xb0\x01\n\nMoveReport\x12\x1f\n\x04plan\x18\x01 \x01(\x0b\x32\x0f.tcpmig.v1.PlanH\x00\x12\'\n\x08progress\x18\x02 \x01(\x0b\x32\x13.tcpmig.v1.ProgressH\x00\x12\'\n\x05\x62\x61tch\x18\x03 \x01(\x0b\x32\x16.tcpmig.v1.BatchResultH\x00\x12%\n\x07summary\x18\x04 \x01(\x0b\x32\x12.tcpmig.v1.SummaryH\x00\x42\x08\n\x06report\"\x91\x01\n\x04Plan\x12\x0f\n\x07move_id\x18\x01 \x01(\t\x12\x10\n\x08selected\x18\x02 \x01(\r\x12\x0f\n\x07movable\x18\x03 \x01(\r\x12$\n\x08\x65xpected\x18\x04 \x01(\x0b\x32\x12.tcpmig.v1.Results\x12\x13\n\x0b\x64\x65stination\x18\x05 \x01(\t\x12\x1a\n\x12\x65xpected_frozen_us\x18\x06 \x01(\r\"\x81\x01\n\x08Progress\x12\x0f\n\x07move_id\x18\x01 \x01(\t\x12\x10\n\x08selected\x18\x02 \x01(\r\x12\x0c\n\x04\x64one\x18\x03 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\r\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x12\n\nelapsed_ns\x18\x07 \x01(\x04\"g\n\x0b\x42\x61tchResult\x12\x0f\n\x07move_id\x18\x01 \x01(\t\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x03 \x01(\t\x12#\n\x07results\x18\x04 \x01(\x0b\x32\x12.tcpmig.v1.Results\"\xf7\x01\n\x07Summary\x12\x0f\n\x07move_id\x18\x01 \x01(\t\x12\x10\n\x08selected\x18\x02 \x01(\r\x12\x0c\n\x04\x64one\x18\x03 \x01(\r\x12\x0e\n\x06stayed\x18\x04 \x01(\r\x12\x0c\n\x04gone\x18\x05 \x01(\r\x12\x10\n\x08in_doubt\x18\x06 \x01(\r\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x12\x12\n\nelapsed_ns\x18\x08 \x01(\x04\x12\x15\n\rfrozen_p50_us\x18\t \x01(\r\x12\x15\n\rfrozen_p99_us\x18\n \x01(\r\x12\x15\n\rfrozen_max_us\x18\x0b \x01(\r\x12#\n\x07problem\x18\x0c \x01(\x0b\x32\x12.tcpmig.v1.Problem\"\x1f\n\x0c\x41\x62ortRequest\x12\x0f\n\x07move_id\x18\x01 \x01(\t\"2\n\rAbortResponse\x12\x0e\n\x06stayed\x18\x01 \x01(\r\x12\x11\n\tcommitted\x18\x02 \x01(\r\"h\n\x0eResolveRequest\x12%\n\x03\x61sk\x18\x01 \x01(\x0b\x32\x16.tcpmig.v1.AskVerdictsH\x00\x12(\n\x06settle\x18\x02 \x01(\x0b\x32\x16.tcpmig.v1.SettleBatchH\x00\x42\x05\n\x03way\">\n\x0b\x41skVerdicts\x12/\n\x0b\x63onnections\x18\x01 \x03(\x0b\x32\x1a.tcpmig.v1.ConnectionEpoch\"A\n\x0bSettleBatch\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\t\x12#\n\x07verdict\x18\x02 \x01(\x0e\x32\x12.tcpmig.v1.Verdict\",\n\x0f\x43onnectionEpoch\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"7\n\x0fResolveResponse\x12$\n\x08verdicts\x18\x01 \x03(\x0e\x32\x12.tcpmig.v1.Verdict\"3\n\x0cWatchRequest\x12#\n\x05kinds\x18\x01 \x03(\x0e\x32\x14.tcpmig.v1.EventKind\"\xf5\x01\n\rWatchResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.tcpmig.v1.EventKind\x12\x0f\n\x07move_id\x18\x03 \x01(\t\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\r\n\x05\x61gent\x18\x05 \x01(\t\x12#\n\x07results\x18\x06 \x01(\x0b\x32\x12.tcpmig.v1.Results\x12#\n\x07problem\x18\x07 \x01(\x0b\x32\x12.tcpmig.v1.Problem\x12\x0e\n\x06missed\x18\x08 \x01(\x04\x12\r\n\x05\x62\x61tch\x18\t \x01(\t*P\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x15\n\x11VERDICT_COMMITTED\x10\x01\x12\x15\n\x11VERDICT_DISCARDED\x10\x02*\xfc\x01\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45VENT_KIND_MOVE_STARTED\x10\x01\x12\x1a\n\x16\x45VENT_KIND_BATCH_MOVED\x10\x02\x12\x19\n\x15\x45VENT_KIND_MOVE_ENDED\x10\x03\x12\x16\n\x12\x45VENT_KIND_ARRIVED\x10\x04\x12\x1a\n\x16\x45VENT_KIND_HOLD_PLACED\x10\x05\x12\x1a\n\x16\x45VENT_KIND_HOLD_LIFTED\x10\x06\x12\x17\n\x13\x45VENT_KIND_IN_DOUBT\x10\x07\x12\x16\n\x12\x45VENT_KIND_FAILURE\x10\x08\x32\xa8\x04\n\tMigration\x12Z\n\x0fListConnections\x12!.tcpmig.v1.ListConnectionsRequest\x1a\".tcpmig.v1.ListConnectionsResponse0\x01\x12;\n\x04\x44ump\x12\x16.tcpmig.v1.DumpRequest\x1a\x17.tcpmig.v1.DumpResponse(\x01\x30\x01\x12\x44\n\x07Restore\x12\x19.tcpmig.v1.RestoreRequest\x1a\x1a.tcpmig.v1.RestoreResponse(\x01\x30\x01\x12\x42\n\x07Migrate\x12\x19.tcpmig.v1.MigrateRequest\x1a\x1a.tcpmig.v1.MigrateResponse0\x01\x12<\n\x05\x44rain\x12\x17.tcpmig.v1.DrainRequest\x1a\x18.tcpmig.v1.DrainResponse0\x01\x12:\n\x05\x41\x62ort\x12\x17.tcpmig.v1.AbortRequest\x1a\x18.tcpmig.v1.AbortResponse\x12@\n\x07Resolve\x12\x19.tcpmig.v1.ResolveRequest\x1a\x1a.tcpmig.v1.ResolveResponse\x12<\n\x05Watch\x12\x17.tcpmig.v1.WatchRequest\x1a\x18.tcpmig.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tcpmig/v1/migration.proto\x12\ttcpmig.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15tcpmig/v1/types.proto\"?\n\x16ListConnectionsRequest\x12%\n\x08selector\x18\x01 \x01(\x0b\x32\x13.tcpmig.v1.Selector\"E\n\x17ListConnectionsResponse\x12*\n\x0b\x63onnections\x18\x01 \x03(\x0b\x32\x15.tcpmig.v1.Connection\"\xcd\x01\n\nConnection\x12\r\n\x05local\x18\x01 \x01(\t\x12\x0e\n\x06remote\x18\x02 \x01(\t\x12\"\n\x05state\x18\x03 \x01(\x0e\x32\x13.tcpmig.v1.TcpState\x12\x12\n\nrecv_queue\x18\x04 \x01(\x04\x12\x12\n\nsend_queue\x18\x05 \x01(\x04\x12\x0e\n\x06unsent\x18\x06 \x01(\x04\x12 \n\x06owners\x18\x07 \x03(\x0b\x32\x10.tcpmig.v1.Owner\x12\x12\n\nmigratable\x18\x08 \x01(\x08\x12\x0e\n\x06reason\x18\t \x01(\t\".\n\x05Owner\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\n\n\x02\x66\x64\x18\x02 \x01(\r\x12\x0c\n\x04\x63omm\x18\x03 \x01(\t\"e\n\x0b\x44umpRequest\x12%\n\x05start\x18\x01 \x01(\x0b\x32\x14.tcpmig.v1.DumpStartH\x00\x12\'\n\x06stored\x18\x02 \x01(\x0b\x32\x15.tcpmig.v1.DumpStoredH\x00\x42\x06\n\x04step\"\xa1\x01\n\tDumpStart\x12%\n\x08selector\x18\x01 \x01(\x0b\x32\x13.tcpmig.v1.Selector\x12\x15\n\rleave_running\x18\x02 \x01(\x08\x12\'\n\x04hold\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nwhen_quiet\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1b\n\nDumpStored\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\"h\n\x0c\x44umpResponse\x12)\n\x07records\x18\x01 \x01(\x0b\x32\x16.tcpmig.v1.RecordChunkH\x00\x12%\n\x07results\x18\x02 \x01(\x0b\x32\x12.tcpmig.v1.ResultsH\x00\x42\x06\n\x04part\"-\n\x0bRecordChunk\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\x0f\n\x07records\x18\x02 \x01(\x0c\"m\n\x0eRestoreRequest\x12(\n\x05start\x18\x01 \x01(\x0b\x32\x17.tcpmig.v1.RestoreStartH\x00\x12)\n\x07records\x18\x02 \x01(\x0b\x32\x16.tcpmig.v1.RecordChunkH\x00\x42\x06\n\x04step\"5\n\x0cRestoreStart\x12%\n\x08\x61\x64option\x18\x01 \x01(\x0b\x32\x13.tcpmig.v1.Adoption\"E\n\x0fRestoreResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12#\n\x07results\x18\x02 \x01(\x0b\x32\x12.tcpmig.v1.Results\"\xd6\x01\n\x0eMigrateRequest\x12%\n\x08selector\x18\x01 \x01(\x0b\x32\x13.tcpmig.v1.Selector\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12%\n\x08steering\x18\x03 \x01(\x0b\x32\x13.tcpmig.v1.Steering\x12-\n\nwhen_quiet\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07\x64ry_run\x18\x05 \x01(\x08\x12!\n\x04maps\x18\x06 \x03(\x0b\x32\x13.tcpmig.v1.LocalMap\"8\n\x0fMigrateResponse\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x15.tcpmig.v1.MoveReport\"\xae\x01\n\x0c\x44rainRequest\x12\x14\n\x0c\x64\x65stinations\x18\x01 \x03(\t\x12%\n\x08steering\x18\x02 \x01(\x0b\x32\x13.tcpmig.v1.Steering\x12-\n\nwhen_quiet\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\x12!\n\x04maps\x18\x05 \x03(\x0b\x32\x13.tcpmig.v1.LocalMap\"6\n\rDrainResponse\x12%\n\x06report\x18\x01 \x01(\x0b\x32\x15.tcpmig.v1.MoveReport\"\xb0\x01\n\nMoveReport\x12\x1f\n\x04plan\x18\x01 \x01(\x0b\x32\x0f.tcpmig.v1.PlanH\x00\x12\'\n\x08progress\x18\x02 \x01(\x0b\x32\x13.tcpmig.v1.ProgressH\x00\x12\'\n\x05\x62\x61tch\x18\x03 \x01(\x0b\x32\x16.tcpmig.v1.BatchResultH\x00\x12%\n\x07summary\x18\x04 \x01(\x0b\x32\x12.tcpmig.v1.SummaryH\x00\x42\x08\n\x06report\"\x91\x01\n\x04Plan\x12\x0f\n\x07move_id\x18\x01 \x01(\t\x12\x10\n\x08selected\x18\x02 \x01(\r\x12\x0f\n\x07movable\x18\x03 \x01(\r\x12$\n\x08\x65xpected\x18\x04 \x01(\x0b\x32\x12.tcpmig.v1.Results\x12\x13\n\x0b\x64\x65stination\x18\x05 \x01(\t\x12\x1a\n\x12\x65xpected_frozen_us\x18\x06 \x01(\r\"\x81\x01\n\x08Progress\x12\x0f\n\x07move_id\x18\x01 \x01(\t\x12\x10\n\x08selected\x18\x02 \x01(\r\x12\x0c\n\x04\x64one\x18\x03 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\r\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\x12\x12\n\nelapsed_ns\x18\x07 \x01(\x04\"g\n\x0b\x42\x61tchResult\x12\x0f\n\x07move_id\x18\x01 \x01(\t\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x03 \x01(\t\x12#\n\x07results\x18\x04 \x01(\x0b\x32\x12.tcpmig.v1.Results\"\xf7\x01\n\x07Summary\x12\x0f\n\x07move_id\x18\x01 \x01(\t\x12\x10\n\x08selected\x18\x02 \x01(\r\x12\x0c\n\x04\x64one\x18\x03 \x01(\r\x12\x0e\n\x06stayed\x18\x04 \x01(\r\x12\x0c\n\x04gone\x18\x05 \x01(\r\x12\x10\n\x08in_doubt\x18\x06 \x01(\r\x12\r\n\x05\x62ytes\x18\x07 \x01(\x04\x12\x12\n\nelapsed_ns\x18\x08 \x01(\x04\x12\x15\n\rfrozen_p50_us\x18\t \x01(\r\x12\x15\n\rfrozen_p99_us\x18\n \x01(\r\x12\x15\n\rfrozen_max_us\x18\x0b \x01(\r\x12#\n\x07problem\x18\x0c \x01(\x0b\x32\x12.tcpmig.v1.Problem\"\x1f\n\x0c\x41\x62ortRequest\x12\x0f\n\x07move_id\x18\x01 \x01(\t\"2\n\rAbortResponse\x12\x0e\n\x06stayed\x18\x01 \x01(\r\x12\x11\n\tcommitted\x18\x02 \x01(\r\"h\n\x0eResolveRequest\x12%\n\x03\x61sk\x18\x01 \x01(\x0b\x32\x16.tcpmig.v1.AskVerdictsH\x00\x12(\n\x06settle\x18\x02 \x01(\x0b\x32\x16.tcpmig.v1.SettleBatchH\x00\x42\x05\n\x03way\">\n\x0b\x41skVerdicts\x12/\n\x0b\x63onnections\x18\x01 \x03(\x0b\x32\x1a.tcpmig.v1.ConnectionEpoch\"A\n\x0bSettleBatch\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\t\x12#\n\x07verdict\x18\x02 \x01(\x0e\x32\x12.tcpmig.v1.Verdict\",\n\x0f\x43onnectionEpoch\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"7\n\x0fResolveResponse\x12$\n\x08verdicts\x18\x01 \x03(\x0e\x32\x12.tcpmig.v1.Verdict\"3\n\x0cWatchRequest\x12#\n\x05kinds\x18\x01 \x03(\x0e\x32\x14.tcpmig.v1.EventKind\"\xf5\x01\n\rWatchResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.tcpmig.v1.EventKind\x12\x0f\n\x07move_id\x18\x03 \x01(\t\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\r\n\x05\x61gent\x18\x05 \x01(\t\x12#\n\x07results\x18\x06 \x01(\x0b\x32\x12.tcpmig.v1.Results\x12#\n\x07problem\x18\x07 \x01(\x0b\x32\x12.tcpmig.v1.Problem\x12\x0e\n\x06missed\x18\x08 \x01(\x04\x12\r\n\x05\x62\x61tch\x18\t \x01(\t*P\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x15\n\x11VERDICT_COMMITTED\x10\x01\x12\x15\n\x11VERDICT_DISCARDED\x10\x02*\xfc\x01\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45VENT_KIND_MOVE_STARTED\x10\x01\x12\x1a\n\x16\x45VENT_KIND_BATCH_MOVED\x10\x02\x12\x19\n\x15\x45VENT_KIND_MOVE_ENDED\x10\x03\x12\x16\n\x12\x45VENT_KIND_ARRIVED\x10\x04\x12\x1a\n\x16\x45VENT_KIND_HOLD_PLACED\x10\x05\x12\x1a\n\x16\x45VENT_KIND_HOLD_LIFTED\x10\x06\x12\x17\n\x13\x45VENT_KIND_IN_DOUBT\x10\x07\x12\x16\n\x12\x45VENT_KIND_FAILURE\x10\x08\x32\xa8\x04\n\tMigration\x12Z\n\x0fListConnections\x12!.tcpmig.v1.ListConnectionsRequest\x1a\".tcpmig.v1.ListConnectionsResponse0\x01\x12;\n\x04\x44ump\x12\x16.tcpmig.v1.DumpRequest\x1a\x17.tcpmig.v1.DumpResponse(\x01\x30\x01\x12\x44\n\x07Restore\x12\x19.tcpmig.v1.RestoreRequest\x1a\x1a.tcpmig.v1.RestoreResponse(\x01\x30\x01\x12\x42\n\x07Migrate\x12\x19.tcpmig.v1.MigrateRequest\x1a\x1a.tcpmig.v1.MigrateResponse0\x01\x12<\n\x05\x44rain\x12\x17.tcpmig.v1.DrainRequest\x1a\x18.tcpmig.v1.DrainResponse0\x01\x12:\n\x05\x41\x62ort\x12\x17.tcpmig.v1.AbortRequest\x1a\x18.tcpmig.v1.AbortResponse\x12@\n\x07Resolve\x12\x19.tcpmig.v1.ResolveRequest\x1a\x1a.tcpmig.v1.ResolveResponse\x12<\n\x05Watch\x12\x17.tcpmig.v1.WatchRequest\x1a\x18.tcpmig.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tcpmig.v1.migration_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERDICT']._serialized_start=3184
-  _globals['_VERDICT']._serialized_end=3264
-  _globals['_EVENTKIND']._serialized_start=3267
-  _globals['_EVENTKIND']._serialized_end=3519
+  _globals['_VERDICT']._serialized_start=3254
+  _globals['_VERDICT']._serialized_end=3334
+  _globals['_EVENTKIND']._serialized_start=3337
+  _globals['_EVENTKIND']._serialized_end=3589
   _globals['_LISTCONNECTIONSREQUEST']._serialized_start=128
   _globals['_LISTCONNECTIONSREQUEST']._serialized_end=191
   _globals['_LISTCONNECTIONSRESPONSE']._serialized_start=193
@@ -63,41 +63,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESTORERESPONSE']._serialized_start=1135
   _globals['_RESTORERESPONSE']._serialized_end=1204
   _globals['_MIGRATEREQUEST']._serialized_start=1207
-  _globals['_MIGRATEREQUEST']._serialized_end=1386
-  _globals['_MIGRATERESPONSE']._serialized_start=1388
-  _globals['_MIGRATERESPONSE']._serialized_end=1444
-  _globals['_DRAINREQUEST']._serialized_start=1447
-  _globals['_DRAINREQUEST']._serialized_end=1586
-  _globals['_DRAINRESPONSE']._serialized_start=1588
-  _globals['_DRAINRESPONSE']._serialized_end=1642
-  _globals['_MOVEREPORT']._serialized_start=1645
-  _globals['_MOVEREPORT']._serialized_end=1821
-  _globals['_PLAN']._serialized_start=1824
-  _globals['_PLAN']._serialized_end=1969
-  _globals['_PROGRESS']._serialized_start=1972
-  _globals['_PROGRESS']._serialized_end=2101
-  _globals['_BATCHRESULT']._serialized_start=2103
-  _globals['_BATCHRESULT']._serialized_end=2206
-  _globals['_SUMMARY']._serialized_start=2209
-  _globals['_SUMMARY']._serialized_end=2456
-  _globals['_ABORTREQUEST']._serialized_start=2458
-  _globals['_ABORTREQUEST']._serialized_end=2489
-  _globals['_ABORTRESPONSE']._serialized_start=2491
-  _globals['_ABORTRESPONSE']._serialized_end=2541
-  _globals['_RESOLVEREQUEST']._serialized_start=2543
-  _globals['_RESOLVEREQUEST']._serialized_end=2647
-  _globals['_ASKVERDICTS']._serialized_start=2649
-  _globals['_ASKVERDICTS']._serialized_end=2711
-  _globals['_SETTLEBATCH']._serialized_start=2713
-  _globals['_SETTLEBATCH']._serialized_end=2778
-  _globals['_CONNECTIONEPOCH']._serialized_start=2780
-  _globals['_CONNECTIONEPOCH']._serialized_end=2824
-  _globals['_RESOLVERESPONSE']._serialized_start=2826
-  _globals['_RESOLVERESPONSE']._serialized_end=2881
-  _globals['_WATCHREQUEST']._serialized_start=2883
-  _globals['_WATCHREQUEST']._serialized_end=2934
-  _globals['_WATCHRESPONSE']._serialized_start=2937
-  _globals['_WATCHRESPONSE']._serialized_end=3182
-  _globals['_MIGRATION']._serialized_start=3522
-  _globals['_MIGRATION']._serialized_end=4074
+  _globals['_MIGRATEREQUEST']._serialized_end=1421
+  _globals['_MIGRATERESPONSE']._serialized_start=1423
+  _globals['_MIGRATERESPONSE']._serialized_end=1479
+  _globals['_DRAINREQUEST']._serialized_start=1482
+  _globals['_DRAINREQUEST']._serialized_end=1656
+  _globals['_DRAINRESPONSE']._serialized_start=1658
+  _globals['_DRAINRESPONSE']._serialized_end=1712
+  _globals['_MOVEREPORT']._serialized_start=1715
+  _globals['_MOVEREPORT']._serialized_end=1891
+  _globals['_PLAN']._serialized_start=1894
+  _globals['_PLAN']._serialized_end=2039
+  _globals['_PROGRESS']._serialized_start=2042
+  _globals['_PROGRESS']._serialized_end=2171
+  _globals['_BATCHRESULT']._serialized_start=2173
+  _globals['_BATCHRESULT']._serialized_end=2276
+  _globals['_SUMMARY']._serialized_start=2279
+  _globals['_SUMMARY']._serialized_end=2526
+  _globals['_ABORTREQUEST']._serialized_start=2528
+  _globals['_ABORTREQUEST']._serialized_end=2559
+  _globals['_ABORTRESPONSE']._serialized_start=2561
+  _globals['_ABORTRESPONSE']._serialized_end=2611
+  _globals['_RESOLVEREQUEST']._serialized_start=2613
+  _globals['_RESOLVEREQUEST']._serialized_end=2717
+  _globals['_ASKVERDICTS']._serialized_start=2719
+  _globals['_ASKVERDICTS']._serialized_end=2781
+  _globals['_SETTLEBATCH']._serialized_start=2783
+  _globals['_SETTLEBATCH']._serialized_end=2848
+  _globals['_CONNECTIONEPOCH']._serialized_start=2850
+  _globals['_CONNECTIONEPOCH']._serialized_end=2894
+  _globals['_RESOLVERESPONSE']._serialized_start=2896
+  _globals['_RESOLVERESPONSE']._serialized_end=2951
+  _globals['_WATCHREQUEST']._serialized_start=2953
+  _globals['_WATCHREQUEST']._serialized_end=3004
+  _globals['_WATCHRESPONSE']._serialized_start=3007
+  _globals['_WATCHRESPONSE']._serialized_end=3252
+  _globals['_MIGRATION']._serialized_start=3592
+  _globals['_MIGRATION']._serialized_end=4144
 # @@protoc_insertion_point(module_scope)

@@ -475,6 +475,7 @@ class MigrateRequest(_message.Message):
     STEERING_FIELD_NUMBER: _builtins.int
     WHEN_QUIET_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
+    MAPS_FIELD_NUMBER: _builtins.int
     destination: _builtins.str
     """The destination's agent, "HOST:PORT" or "unix:PATH"."""
     dry_run: _builtins.bool
@@ -491,6 +492,12 @@ class MigrateRequest(_message.Message):
     def when_quiet(self) -> _duration_pb2.Duration:
         """Waits at most this long for each connection's quiet point; unset: does not wait."""
 
+    @_builtins.property
+    def maps(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.LocalMap]:
+        """Other local ends for connections whose hosts a NAT in front of them hides (docs/nat.md). The most exact one about a
+        connection counts; one that is about none of those selected is refused, and so is steering beside it.
+        """
+
     def __init__(
         self,
         *,
@@ -499,10 +506,11 @@ class MigrateRequest(_message.Message):
         steering: _types_pb2.Steering | None = ...,
         when_quiet: _duration_pb2.Duration | None = ...,
         dry_run: _builtins.bool = ...,
+        maps: _abc.Iterable[_types_pb2.LocalMap] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["selector", b"selector", "steering", b"steering", "when_quiet", b"when_quiet"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "dry_run", b"dry_run", "selector", b"selector", "steering", b"steering", "when_quiet", b"when_quiet"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "dry_run", b"dry_run", "maps", b"maps", "selector", b"selector", "steering", b"steering", "when_quiet", b"when_quiet"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -542,6 +550,7 @@ class DrainRequest(_message.Message):
     STEERING_FIELD_NUMBER: _builtins.int
     WHEN_QUIET_FIELD_NUMBER: _builtins.int
     DRY_RUN_FIELD_NUMBER: _builtins.int
+    MAPS_FIELD_NUMBER: _builtins.int
     dry_run: _builtins.bool
     """Only says what would move, what not and why."""
     @_builtins.property
@@ -556,6 +565,10 @@ class DrainRequest(_message.Message):
     def when_quiet(self) -> _duration_pb2.Duration:
         """Waits at most this long for each connection's quiet point; unset: does not wait."""
 
+    @_builtins.property
+    def maps(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.LocalMap]:
+        """As in MigrateRequest, and only with a single destination: an address belongs to one host."""
+
     def __init__(
         self,
         *,
@@ -563,10 +576,11 @@ class DrainRequest(_message.Message):
         steering: _types_pb2.Steering | None = ...,
         when_quiet: _duration_pb2.Duration | None = ...,
         dry_run: _builtins.bool = ...,
+        maps: _abc.Iterable[_types_pb2.LocalMap] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["steering", b"steering", "when_quiet", b"when_quiet"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destinations", b"destinations", "dry_run", b"dry_run", "steering", b"steering", "when_quiet", b"when_quiet"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destinations", b"destinations", "dry_run", b"dry_run", "maps", b"maps", "steering", b"steering", "when_quiet", b"when_quiet"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -230,6 +230,32 @@ class Selector(_message.Message):
 Global___Selector: _TypeAlias = Selector  # noqa: Y015
 
 @_typing.final
+class LocalMap(_message.Message):
+    """Another local end at the destination, where a NAT hides it from the peer. Both ends are of the same IP version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OLD_FIELD_NUMBER: _builtins.int
+    NEW_FIELD_NUMBER: _builtins.int
+    old: _builtins.str
+    """The local ends that it is about: "ADDR:PORT", or "ADDR" for whatever port; IPv6 addresses in brackets."""
+    new: _builtins.str
+    """What they become, written likewise; without a port each keeps its own."""
+    def __init__(
+        self,
+        *,
+        old: _builtins.str = ...,
+        new: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["new", b"new", "old", b"old"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalMap: _TypeAlias = LocalMap  # noqa: Y015
+
+@_typing.final
 class Steering(_message.Message):
     """How the network is made to deliver the moved connections' segments to their new host. None set: the caller sees to it."""
 
@@ -618,6 +644,7 @@ class Results(_message.Message):
     FROZEN_US_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    MOVED_TO_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def connections(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The connections, each written LOCAL,REMOTE as the host that had them names them."""
@@ -640,6 +667,12 @@ class Results(_message.Message):
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___PhaseTiming]:
         """When each phase of the batch began and how long it took."""
 
+    @_builtins.property
+    def moved_to(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The new local end, "ADDR:PORT", of each that moved, or would move, to another one than it had; empty for the others. The
+        whole list is empty where there are only others.
+        """
+
     def __init__(
         self,
         *,
@@ -648,10 +681,11 @@ class Results(_message.Message):
         frozen_us: _abc.Iterable[_builtins.int] | None = ...,
         failures: _abc.Iterable[Global___Failure] | None = ...,
         timings: _abc.Iterable[Global___PhaseTiming] | None = ...,
+        moved_to: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connections", b"connections", "failures", b"failures", "frozen_us", b"frozen_us", "outcomes", b"outcomes", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connections", b"connections", "failures", b"failures", "frozen_us", b"frozen_us", "moved_to", b"moved_to", "outcomes", b"outcomes", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
