@@ -21,7 +21,7 @@ from migrate.restore import (
     choose_congestion,
     discard,
     restore_with,
-    speak,
+    send_unsent,
 )
 from migrate.tcpstate import TcpState
 
@@ -84,10 +84,9 @@ def _some(together: batch.Batch, defaults: Defaults, records: Sequence[Ici]) -> 
             sock = Restored(_INET if record.family == 4 else _INET6, _STREAM, _TCP)
             sock.record, sock.unset = record, []
             socks.append(sock)
-            if record.options:
-                sock.unset += options.apply(sock, record.options, options.Phase.BEFORE_BIND)
             _put(together, len(places), record)
             places.append(place)
+        _set_options(together, socks, options.Phase.BEFORE_BIND)
         descriptors = [sock.fileno() for sock in socks]
         if together.begin(descriptors) is None:  # else no connect(): it would begin a handshake
             failed = together.connect(descriptors)
@@ -98,8 +97,9 @@ def _some(together: batch.Batch, defaults: Defaults, records: Sequence[Ici]) -> 
                 easy = not (record.options or record.received or record.sent) and _usual(record, defaults)
                 if easy or _finish(defaults, sock, record):
                     results[place] = sock
+            _complete(together, [sock for sock in results if isinstance(sock, Restored)])
     except (Error, OSError):
-        pass  # which one by one say why
+        results = [None] * len(records)  # one by one they say why
     if None not in results:
         return results  # type: ignore[return-value]
     for place, sock in zip(places, socks, strict=False):
@@ -143,7 +143,7 @@ def _usual(ici: Ici, defaults: Defaults) -> bool:
 
 
 def _finish(defaults: Defaults, sock: Restored, ici: Ici) -> bool:
-    """What not all need: congestion control, queues, options. False if that cannot be."""
+    """What not all need: congestion control, queues. False if that cannot be."""
     try:
         if ici.congestion:
             choose_congestion(sock, ici, defaults)
@@ -153,13 +153,34 @@ def _finish(defaults: Defaults, sock: Restored, ici: Ici) -> bool:
             sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
             fill(sock, ici.sent, SEND)
             sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
-        if ici.options:
-            sock.unset += options.apply(sock, ici.options, options.Phase.IN_REPAIR)
-        if ici.options or ici.received or ici.sent:
-            sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup))
     except (Error, OSError):
         return False
     return True
+
+
+def _complete(together: batch.Batch, socks: Sequence[Restored]) -> None:
+    """The options of silent sockets, then the windows once more where they may have changed."""
+    _set_options(together, socks, options.Phase.IN_REPAIR)
+    for sock in socks:
+        ici = sock.record
+        assert ici is not None
+        if ici.received or ici.sent or (ici.options and options.due(ici.options, options.Phase.IN_REPAIR)):
+            sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup))
+
+
+def _set_options(together: batch.Batch, socks: Sequence[Restored], phase: options.Phase) -> None:
+    """As options.apply() on each; those that get the same options get them together."""
+    groups: dict[tuple[tuple[str, options.Value], ...], list[Restored]] = {}
+    for sock in socks:
+        if sock.record is not None and sock.record.options:
+            groups.setdefault(tuple(sock.record.options.items()), []).append(sock)
+    for items, those in groups.items():
+        calls = options.calls(items, phase) if len(those) >= _FEW else None
+        failed: batch.Failures = dict.fromkeys(range(len(those)), 0)
+        if calls is not None:
+            failed = together.set_options([sock.fileno() for sock in those], calls)
+        for place in range(len(those)) if failed and -1 in failed else failed or ():
+            those[place].unset += options.apply(those[place], dict(items), phase)
 
 
 def _one(defaults: Defaults, record: Ici) -> Restored | Error:
@@ -175,11 +196,15 @@ def _speak(together: batch.Batch, plain: Sequence[tuple[Restored, Ici]]) -> list
     )
     if failed:
         return [_activate(sock) for sock, _ in plain]
+    try:
+        _set_options(together, [sock for sock, _ in plain], options.Phase.AFTER_REPAIR)
+    except Error as error:
+        return [error] * len(plain)
     results: list[Error | None] = []
     for sock, ici in plain:
         try:
-            if ici.options or ici.unsent:
-                speak(sock, ici)
+            if ici.unsent:
+                send_unsent(sock, ici)
             sock.record = None
             results.append(None)
         except Error as error:

@@ -46,7 +46,7 @@ __all__ = [
     "discard",
     "restore",
     "restore_with",
-    "speak",
+    "send_unsent",
 ]
 
 Defaults = dict[tuple[bytes, bytes], str]  # the congestion control that a connection between two addresses begins with
@@ -214,19 +214,19 @@ def _activate(sock: Restored, ici: Ici) -> None:
     # The probe makes the peer repeat its window and what it has received. It is needed where segments or an
     # opening of the peer's window may have been lost, and costs most of the time of leaving repair mode.
     sockopt.leave_repair(sock, probe=bool(ici.sent or ici.unsent))
-    speak(sock, ici)
-
-
-def speak(sock: Restored, ici: Ici) -> None:
-    """What is left to do when repair mode has been left."""
     if ici.options:
         sock.unset += options.apply(sock, ici.options, options.Phase.AFTER_REPAIR)
     if ici.unsent:
-        fill(sock, ici.unsent, SEND, before=len(ici.sent))
-        if _steps_wait(ici):
-            with netns.entered_with(sock):  # segments are injected
-                _take_steps(sock, ici, _PLANS[ici.state].steps)
+        send_unsent(sock, ici)
     sock.record = None
+
+
+def send_unsent(sock: Restored, ici: Ici) -> None:
+    """What was never sent, as any application would send it, and the FIN that comes after it."""
+    fill(sock, ici.unsent, SEND, before=len(ici.sent))
+    if _steps_wait(ici):
+        with netns.entered_with(sock):  # segments are injected
+            _take_steps(sock, ici, _PLANS[ici.state].steps)
 
 
 def _steps_wait(ici: Ici) -> bool:

@@ -17,13 +17,16 @@ from collections.abc import Mapping, Sequence
 from migrate.errors import HostError
 from migrate.fourtuple import MAPPED
 from migrate.kernel import sockopt, uapi
-from migrate.kernel.uring import Ring, Values, bind, connect, setsockopt
+from migrate.kernel.uring import Program, Ring, Values, bind, connect, setsockopt
 
 __all__ = ["MOST", "Batch", "Failures", "negotiated", "rest", "shared", "sockaddr"]
 
 MOST = 64  # sockets of which all that is written stays in the processor's caches until the kernel reads it
 
 Failures = Mapping[int, int] | None
+
+_OPTIONS_AT_ONCE = 16
+_ENTRIES = (15 + _OPTIONS_AT_ONCE) * MOST
 
 _TCP = int(socket.IPPROTO_TCP)
 _INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)
@@ -44,17 +47,13 @@ class Batch:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self._ring = ring = Ring(15 * MOST)
+        self._ring = ring = Ring(_ENTRIES)
         try:
-            self._enter = ring.program(
-                [setsockopt(_TCP, uapi.TCP_REPAIR, 0)], Values(struct.Struct(""), _INT.pack(1), MOST)
-            )
+            self._enter = ring.program([setsockopt(_TCP, uapi.TCP_REPAIR, 0)], _alike(_INT.pack(1)), MOST)
             silence = bytes(16) + _INT.pack(-1)  # AF_UNSPEC, TCP_REPAIR_OFF_NO_WP
-            self._release = ring.program(
-                [connect(0, 16), setsockopt(_TCP, uapi.TCP_REPAIR, 16)], Values(struct.Struct(""), silence, MOST)
-            )
+            self._release = ring.program([connect(0, 16), setsockopt(_TCP, uapi.TCP_REPAIR, 16)], _alike(silence), MOST)
             self._probes = Values(_INT, b"", MOST)
-            self._leave = ring.program([setsockopt(_TCP, uapi.TCP_REPAIR, 0)], self._probes)
+            self._leave = ring.program([setsockopt(_TCP, uapi.TCP_REPAIR, 0)], self._probes, MOST)
             rebuild = Values(_REBUILD, _CONSTANTS.pack(1, uapi.TCP_SEND_QUEUE, uapi.TCP_RECV_QUEUE), MOST)
             self.size, self.put = rebuild.size, rebuild.put
             on, send, receive = (_REBUILD.size + 4 * place for place in range(3))
@@ -69,6 +68,7 @@ class Batch:
                     bind(12, _ADDRESS),
                 ],
                 rebuild,
+                MOST,
             )
             remote, negotiated = 12 + _ADDRESS, 12 + 2 * _ADDRESS
             self._connect = ring.program(
@@ -79,7 +79,9 @@ class Batch:
                     setsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, negotiated + _OPTIONS + 4, 20),
                 ],
                 rebuild,
+                MOST,
             )
+            self._options = functools.lru_cache(maxsize=64)(self._option_programs)
             self._try()
         except BaseException:
             self.close()
@@ -119,12 +121,35 @@ class Batch:
         """
         return self._connect.run(descriptors)
 
+    def set_options(self, descriptors: Sequence[int], calls: tuple[tuple[int, int, bytes], ...]) -> Failures:
+        """These setsockopt calls (level, number, value), the same on each socket."""
+        failed: dict[int, int] = {}
+        for program in self._options(calls):
+            program.write()
+            failed |= program.run(descriptors) or {}
+        return failed or None
+
+    def _option_programs(self, calls: tuple[tuple[int, int, bytes], ...]) -> list[Program]:
+        programs = []
+        for start in range(0, len(calls), _OPTIONS_AT_ONCE):
+            some = calls[start : start + _OPTIONS_AT_ONCE]
+            made, values = [], b""
+            for level, number, value in some:
+                made.append(setsockopt(level, number, len(values), len(value)))
+                values += value + bytes(-len(value) % 8)
+            programs.append(self._ring.passing(made, _alike(values), MOST))
+        return programs
+
     def _try(self) -> None:
         # Older kernels know io_uring but not each of these calls: an unconnected socket says which.
         with socket.socket() as sock:
             failures = self._begin.run([sock.fileno()]) or {}
         if not set(failures.values()) <= {errno.EPERM}:
             raise HostError("this kernel's io_uring lacks calls on sockets", hint="Linux 6.11")
+
+
+def _alike(constants: bytes) -> Values:
+    return Values(struct.Struct(""), constants or bytes(8), 1)
 
 
 class _Shared:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from migrate.kernel.option_table import Kind, Option, Value
 
-__all__ = ["get", "md5_key", "option_memory", "put"]
+__all__ = ["get", "md5_key", "option_memory", "put", "raw"]
 
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # include/uapi/asm-generic/socket.h
 _SO_MEMINFO = 55
@@ -23,6 +23,7 @@ _FORCE = {"SO_SNDBUF": _SO_SNDBUFFORCE, "SO_RCVBUF": _SO_RCVBUFFORCE}
 _MEMINFO = struct.Struct("=9I")  # include/uapi/linux/sock_diag.h: SK_MEMINFO_*
 _OPTMEM = 6  # SK_MEMINFO_OPTMEM
 
+_INT = struct.Struct("=i")
 _LINGER = struct.Struct("=ii")  # struct linger: on or off, seconds
 _TIMEVAL = struct.Struct("@ll")
 _LONG = struct.Struct("@L")
@@ -47,7 +48,15 @@ def get(sock: socket.socket, option: Option) -> Value:
 
 def put(sock: socket.socket, option: Option, value: Value) -> None:
     """Set it. Raises OSError; TypeError, ValueError, OverflowError or struct.error for a value of another form."""
-    _PUT[option.kind](sock, option, value)
+    if option.kind in _RAW:
+        sock.setsockopt(option.level, option.number, _RAW[option.kind](value))
+    else:
+        _PUT[option.kind](sock, option, value)
+
+
+def raw(option: Option, value: Value) -> bytes | None:
+    """What setsockopt(2) takes for it; None if that call alone does not do. Raises as `put` for another form."""
+    return _RAW[option.kind](value) if option.kind in _RAW else None
 
 
 def option_memory(sock: socket.socket) -> int:
@@ -118,10 +127,6 @@ def _get_lost(sock: socket.socket, option: Option) -> Value:
     raise OSError(errno.ENOPROTOOPT, "the kernel does not tell")
 
 
-def _put_int(sock: socket.socket, option: Option, value: Value) -> None:
-    sock.setsockopt(option.level, option.number, _as(int, value))
-
-
 def _put_size(sock: socket.socket, option: Option, value: Value) -> None:
     """The kernel doubles what it is given; without CAP_NET_ADMIN in the initial user namespace up to a limit."""
     size = _as(int, value)
@@ -133,33 +138,36 @@ def _put_size(sock: socket.socket, option: Option, value: Value) -> None:
             raise
 
 
-def _put_rate(sock: socket.socket, option: Option, value: Value) -> None:
-    sock.setsockopt(option.level, option.number, _LONG.pack(_as(int, value)))
+def _int(value: Value) -> bytes:
+    return _INT.pack(_as(int, value))
 
 
-def _put_timeval(sock: socket.socket, option: Option, value: Value) -> None:
-    sock.setsockopt(option.level, option.number, _TIMEVAL.pack(*divmod(_as(int, value), 1_000_000)))
+def _bytes(value: Value) -> bytes:
+    return _as(bytes, value)
 
 
-def _put_linger(sock: socket.socket, option: Option, value: Value) -> None:
+def _rate(value: Value) -> bytes:
+    return _LONG.pack(_as(int, value))
+
+
+def _timeval(value: Value) -> bytes:
+    return _TIMEVAL.pack(*divmod(_as(int, value), 1_000_000))
+
+
+def _linger(value: Value) -> bytes:
     seconds = _as(int, value)
-    sock.setsockopt(option.level, option.number, _LINGER.pack(seconds >= 0, max(seconds, 0)))
+    return _LINGER.pack(seconds >= 0, max(seconds, 0))
 
 
-def _put_string(sock: socket.socket, option: Option, value: Value) -> None:
-    sock.setsockopt(option.level, option.number, _as(bytes, value) + b"\0")
+def _string(value: Value) -> bytes:
+    return _as(bytes, value) + b"\0"
 
 
-def _put_bytes(sock: socket.socket, option: Option, value: Value) -> None:
-    sock.setsockopt(option.level, option.number, _as(bytes, value))
-
-
-def _put_label(sock: socket.socket, option: Option, value: Value) -> None:
+def _label(value: Value) -> bytes:
     """Lease the label, shared with all. Any unicast address will do as its destination: nothing compares it."""
     label = socket.htonl(_as(int, value))
     loopback = socket.inet_pton(socket.AF_INET6, "::1")
-    lease = _FLOWLABEL.pack(loopback, label, _FL_GET, _FL_SHARED_BY_ANY, _FL_CREATE, 0, 0, 0)
-    sock.setsockopt(option.level, option.number, lease)
+    return _FLOWLABEL.pack(loopback, label, _FL_GET, _FL_SHARED_BY_ANY, _FL_CREATE, 0, 0, 0)
 
 
 def _put_filter(sock: socket.socket, option: Option, value: Value) -> None:
@@ -197,20 +205,22 @@ _GET: dict[Kind, Callable[[socket.socket, Option], Value]] = {
     Kind.FILTER: _get_filter,
     Kind.LOST: _get_lost,
 }
+_RAW: dict[Kind, Callable[[Value], bytes]] = {
+    Kind.INT: _int,
+    Kind.HOPS: _int,
+    Kind.DSCP: _int,
+    Kind.CLAMP: _int,
+    Kind.RATE: _rate,
+    Kind.TIMEVAL: _timeval,
+    Kind.LINGER: _linger,
+    Kind.STRING: _string,
+    Kind.DEVICE: _string,
+    Kind.BYTES: _bytes,
+    Kind.STICKY: _bytes,
+    Kind.LABEL: _label,
+}
 _PUT: dict[Kind, Callable[[socket.socket, Option, Value], None]] = {
-    Kind.INT: _put_int,
-    Kind.HOPS: _put_int,
-    Kind.DSCP: _put_int,
     Kind.SIZE: _put_size,
-    Kind.CLAMP: _put_int,
-    Kind.RATE: _put_rate,
-    Kind.TIMEVAL: _put_timeval,
-    Kind.LINGER: _put_linger,
-    Kind.STRING: _put_string,
-    Kind.DEVICE: _put_string,
-    Kind.BYTES: _put_bytes,
-    Kind.STICKY: _put_bytes,
-    Kind.LABEL: _put_label,
     Kind.FILTER: _put_filter,
     Kind.LOST: _put_lost,
 }

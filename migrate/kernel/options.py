@@ -29,7 +29,7 @@ from migrate.kernel import netns, option_values
 from migrate.kernel.fingerprint import Fingerprint
 from migrate.kernel.option_table import BY_NAME, OPTIONS, Kind, Option, Phase, Value
 
-__all__ = ["Kind", "Phase", "Value", "apply", "due", "flowinfo", "look_many", "prepare", "read", "recognise"]
+__all__ = ["Kind", "Phase", "Value", "apply", "calls", "due", "flowinfo", "look_many", "prepare", "read", "recognise"]
 
 PAYS_OFF = 1000  # sockets asked the long way cost as much as getting fingerprints ready
 MEMORY = 1.0  # seconds: as long a host's changed settings may go unnoticed
@@ -244,8 +244,25 @@ def apply(sock: socket.socket, options: Mapping[str, Value], phase: Phase) -> li
 
 
 def due(options: Mapping[str, Value], phase: Phase) -> bool:
-    """Whether anything of ``options`` is set at that moment."""
-    return bool(_schedule(tuple(options))[phase][0])
+    """Whether anything of ``options`` is set, or cannot be set, at that moment."""
+    return any(_schedule(tuple(options))[phase])
+
+
+@functools.lru_cache(maxsize=1024)
+def calls(options: tuple[tuple[str, Value], ...], phase: Phase) -> tuple[tuple[int, int, bytes], ...] | None:
+    """The setsockopt calls (level, number, value) that `apply` makes; None where it does anything else as well."""
+    values = dict(options)
+    steps, unknown = _schedule(tuple(values))[phase]
+    made: list[tuple[int, int, bytes]] = []
+    for step in steps:
+        try:
+            value = option_values.raw(BY_NAME[step.name], values.get(step.name, 0))
+        except (TypeError, ValueError, OverflowError, struct.error):
+            return None
+        if value is None:
+            return None
+        made.append((step.level, step.number, value))
+    return None if unknown else tuple(made)
 
 
 class _Step(NamedTuple):

@@ -127,14 +127,23 @@ class Ring:
             os.close(self._fd)
             self._fd = -1
 
-    def program(self, calls: Sequence[Call], values: Values) -> Program:
-        """Room for these calls on as many sockets as ``values`` are for."""
-        first, count = self._used, len(calls) * values.sockets
+    def program(self, calls: Sequence[Call], values: Values, sockets: int) -> Program:
+        """Room for these calls on that many sockets."""
+        first, count = self._used, len(calls) * sockets
         assert first + count <= self._entries
         self._used += count
-        program = Program(self, first, calls, values)
-        self._sqes[_SQE.size * first : _SQE.size * (first + count)] = program.entries()
+        program = Program(self, first, calls, values, sockets)
+        program.write()
         return program
+
+    def passing(self, calls: Sequence[Call], values: Values, sockets: int) -> Program:
+        """The same in the room that is left, for now: whoever runs it writes it there again each time."""
+        assert self._used + len(calls) * sockets <= self._entries
+        return Program(self, self._used, calls, values, sockets)
+
+    def write(self, first: int, entries: bytes) -> None:
+        """Put these entries there."""
+        self._sqes[_SQE.size * first : _SQE.size * first + len(entries)] = entries
 
     def descriptors(self, first: int, end: int, step: int) -> memoryview:
         """Where the descriptors of these entries are, for assignment."""
@@ -187,11 +196,12 @@ class Ring:
 class Values:
     """Memory for what the calls on so many sockets take: of each those of ``form``, then ``constants``.
 
-    ``put(place * size, *values)`` writes those of the socket at ``place``.
+    ``put(place * size, *values)`` writes those of the socket at ``place``. With one socket they are for all alike.
     """
 
     def __init__(self, form: struct.Struct, constants: bytes, sockets: int) -> None:
-        self.sockets, self.size = sockets, form.size + len(constants)
+        self.size = form.size + len(constants)
+        self.step = self.size if sockets > 1 else 0
         memory = mmap.mmap(-1, self.size * sockets)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self.put = functools.partial(form.pack_into, memory)
@@ -200,26 +210,26 @@ class Values:
 
 
 class Program:
-    """Calls for up to so many sockets at once; `Ring.program` makes it."""
+    """Calls for up to so many sockets at once; `Ring.program` and `Ring.passing` make it."""
 
-    def __init__(self, ring: Ring, first: int, calls: Sequence[Call], values: Values) -> None:
-        self._ring, self._calls, self._values = ring, tuple(calls), values
-        end = first + len(calls) * values.sockets
+    def __init__(self, ring: Ring, first: int, calls: Sequence[Call], values: Values, sockets: int) -> None:
+        self._ring, self._first, self._values = ring, first, values
+        end, last = first + len(calls) * sockets, len(calls) - 1
+        self._entries = b"".join(
+            call.entry(values.address + place * values.step, place, last=number == last)
+            for place in range(sockets)
+            for number, call in enumerate(calls)
+        )
         self._descriptors = [ring.descriptors(first + number, end, len(calls)) for number in range(len(calls))]
         every = array("I", range(first, end)).tobytes()
-        finished = b"".join(_CQE.pack(place, 0, 0) for place in range(values.sockets))
+        finished = b"".join(_CQE.pack(place, 0, 0) for place in range(sockets))
         step = 4 * len(calls)
-        self._orders = [every[: step * count] for count in range(values.sockets + 1)]
-        self._finished = [finished[: _CQE.size * count] for count in range(values.sockets + 1)]
+        self._orders = [every[: step * count] for count in range(sockets + 1)]
+        self._finished = [finished[: _CQE.size * count] for count in range(sockets + 1)]
 
-    def entries(self) -> bytes:
-        """The submissions of all sockets, without descriptors."""
-        last, values = len(self._calls) - 1, self._values
-        return b"".join(
-            call.entry(values.address + place * values.size, place, last=number == last)
-            for place in range(values.sockets)
-            for number, call in enumerate(self._calls)
-        )
+    def write(self) -> None:
+        """Put the calls into the ring's memory."""
+        self._ring.write(self._first, self._entries)
 
     def run(self, descriptors: Sequence[int]) -> dict[int, int] | None:
         """Make the calls on these sockets. None if none failed; else place and errno, or -1 for all, see `Ring.submit`.

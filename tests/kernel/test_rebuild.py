@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -17,9 +18,11 @@ from migrate.bulk import dump_many, release_many
 from migrate.checkpoint import dump, thaw
 from migrate.errors import Conflict, Error, HostError, PrivilegeError
 from migrate.ici import Ici
-from migrate.kernel import batch, netns, sockopt, uring
+from migrate.kernel import batch, netns, option_values, options, sockopt, uring
 from migrate.kernel.batch import Batch
+from migrate.kernel.option_table import OPTIONS, Phase
 from migrate.kernel.uring import Ring, Values, setsockopt
+from migrate.restore import Restored
 from tests.fix_netns import LanFactory
 from tests.kernel.test_bulk import liven, pairs
 from tests.peers import connect
@@ -80,6 +83,39 @@ def test_restored_as_one_by_one(pairs: Pairs, way: str) -> None:
             assert received(far, len(wanted)) == wanted
             assert (sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) != 0) == (number % 5 == 4)
             assert sockopt.congestion(sock) == record.congestion
+
+
+def test_options_of_many(lan: LanFactory, way: str) -> None:
+    """Every option that one connection can have, on all of them; and one that cannot be set here is named."""
+    net = lan("client", "a")
+    client, a = net.host("client"), net.host("a")
+    pairs = [connect(client, a, a.ip4) for _ in range(20)]
+    table = [
+        each for each in OPTIONS if each.readable and each.family in (0, 4) and each.phase is not Phase.UNCONNECTED
+    ]
+    for _, near in pairs:
+        for option in table:
+            with contextlib.suppress(OSError):  # this kernel has none, or not for a connection
+                option_values.put(near, option, option.sample)
+    records = taken(pairs)
+    assert len(records[0].options) > 60
+    records = [
+        msgspec.structs.replace(each, options={**each.options, "SO_BINDTODEVICE": b"elsewhere", "TCP_NEVER": 1})
+        for each in records
+    ]
+    with netns.entered_with(pairs[0][1]):
+        restored = rebuild.restore_many(records)
+    for sock, record in zip(restored, records, strict=True):
+        assert isinstance(sock, Restored)
+        wanted = {name: value for name, value in record.options.items() if name not in sock.unset}
+        assert set(sock.unset) >= {"SO_BINDTODEVICE", "TCP_NEVER"}
+        assert len(wanted) > 60
+        found = options.read(sock)
+        assert {name: (found.get(name), value) for name, value in wanted.items() if found.get(name) != value} == {}
+        sock.close()
+    for ends in pairs:
+        for end in ends:
+            end.close()
 
 
 def received(sock: socket.socket, length: int) -> bytes:
@@ -161,7 +197,7 @@ def test_a_ring_that_puts_calls_off_is_given_up() -> None:
     """What did not come back may still be made, some time: nobody uses that ring any more."""
     ring = Ring(8)
     values = Values(struct.Struct("=i"), b"", 2)
-    program = ring.program([setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 0)], values)
+    program = ring.program([setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 0)], values, 2)
     with socket.socket() as one, socket.socket() as other:
         values.put(0, 3)
         values.put(4, 5)
@@ -181,7 +217,7 @@ def test_more_than_the_ring_has_room_for_at_once() -> None:
     ring = Ring(16)
     values = Values(struct.Struct("=i"), b"", 5)
     program = ring.program(
-        [setsockopt(socket.SOL_SOCKET, option, 0) for option in (socket.SO_PRIORITY, socket.SO_RCVLOWAT)], values
+        [setsockopt(socket.SOL_SOCKET, option, 0) for option in (socket.SO_PRIORITY, socket.SO_RCVLOWAT)], values, 5
     )
     with socket.socket() as sock:
         for number in range(1, 100):
