@@ -32,6 +32,7 @@ PAUSE = 0.004  # seconds between two looks
 _ON_TIME = 1.5 * PAUSE  # seconds that one look can add to the time that bytes_sent has stood still
 _STEP = 0.020  # seconds to let everything run between two attempts
 _LONGEST = 0.050  # seconds for which an attempt holds a connection whose owner still owes an answer
+_THOROUGH = 1.5 * PATIENCE  # the same for a thorough attempt: long enough to know
 
 _read = tcpinfo.reader("last_data_sent", "last_data_recv", "bytes_received", "notsent_bytes", "bytes_sent")
 
@@ -60,11 +61,11 @@ def observe(sock: socket.socket) -> Activity:
     return Activity(sockopt.received_length(sock), notsent, sent_ago, received_ago, bytes_received, bytes_sent)
 
 
-def verdict(before: Activity, now: Activity, *, settled: float) -> bool | None:
+def verdict(before: Activity, now: Activity, *, settled: float, thorough: bool = False) -> bool | None:
     """Of a connection that was ``before`` when its arriving segments were first held: is it quiet ``now``?
 
     ``settled`` is the time in seconds for which bytes_sent has not changed since, as far as that was watched.
-    None: wait, an answer may come yet.
+    None: wait, an answer may come yet; ``thorough`` says so too of one that only time can tell about.
     """
     if now.unread or now.notsent:
         return None
@@ -73,22 +74,25 @@ def verdict(before: Activity, now: Activity, *, settled: float) -> bool | None:
         return None
     if settled < SETTLE:
         return None
-    return answered or now.sent_ago >= PATIENCE * 1000
+    if answered or now.sent_ago >= PATIENCE * 1000:
+        return True
+    return None if thorough else False
 
 
 def rounds(
-    sockets: Mapping[FourTuple, socket.socket], hold: Holding, *, seconds: float
+    sockets: Mapping[FourTuple, socket.socket], hold: Holding, *, seconds: float, thorough: bool = False
 ) -> Iterator[tuple[list[FourTuple], bool]]:
     """Within ``seconds``, yield those that became quiet, held on both sides, and whether more may follow.
 
     The caller takes what was yielded before it asks for more. Those not quiet in an attempt are let go (what was kept
-    for them is replayed) and tried again. What never became quiet is not yielded and not held at the end.
+    for them is replayed) and tried again. What never became quiet is not yielded and not held at the end. A
+    ``thorough`` attempt finds those that answer at once and are asked again at once, and holds them for longer.
     """
     waiting = dict(sockets)
     deadline = time.monotonic() + seconds
     while waiting:
         promising = [key for key, sock in waiting.items() if _promising(sock)]
-        ready = _attempt({key: waiting[key] for key in promising}, hold) if promising else []
+        ready = _attempt({key: waiting[key] for key in promising}, hold, thorough) if promising else []
         for key in ready:
             del waiting[key]
         more = bool(waiting) and time.monotonic() < deadline
@@ -108,17 +112,17 @@ def _promising(sock: socket.socket) -> bool:
         return False
 
 
-def _attempt(sockets: dict[FourTuple, socket.socket], hold: Holding) -> list[FourTuple]:
+def _attempt(sockets: dict[FourTuple, socket.socket], hold: Holding, thorough: bool) -> list[FourTuple]:
     """Hold what arrives, wait until each is decided, let go those that are not quiet."""
     hold.add(list(sockets), outgoing=False)
     waiting = {key: _Watched(sock) for key, sock in sockets.items()}
     ready: list[FourTuple] = []
     refused: list[FourTuple] = []
-    limit = time.monotonic() + _LONGEST
+    limit = time.monotonic() + (_THOROUGH if thorough else _LONGEST)
     while waiting:
         late = time.monotonic() >= limit
         for key, watched in list(waiting.items()):
-            answer = watched.look()
+            answer = watched.look(thorough)
             if answer is None and not late:
                 continue
             (ready if answer else refused).append(key)
@@ -140,7 +144,7 @@ class _Watched:
         self._bytes_sent = -1
         self._settled = self._looked = 0.0
 
-    def look(self) -> bool | None:
+    def look(self, thorough: bool) -> bool | None:
         """The verdict now; a connection that ended is not quiet."""
         try:
             now = observe(self._sock)
@@ -153,4 +157,4 @@ class _Watched:
         if now.bytes_sent != self._bytes_sent:
             self._bytes_sent, self._settled = now.bytes_sent, 0.0
         self._before = self._before or now
-        return verdict(self._before, now, settled=self._settled)
+        return verdict(self._before, now, settled=self._settled, thorough=thorough)

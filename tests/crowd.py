@@ -36,12 +36,14 @@ class Crowd:
         self._opened = contextlib.ExitStack()
         self._said = 0
         self.sockets: list[socket.socket] = []
+        self.waited: list[float] = []  # seconds that each has waited at most for its word
         try:
             with host.entered():
                 for _ in range(count):
                     sock = self._opened.enter_context(socket.create_connection((address, port), timeout=10))
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     self.sockets.append(sock)
+                    self.waited.append(0.0)
         except BaseException:
             self._opened.close()
             raise
@@ -57,6 +59,7 @@ class Crowd:
         self._said += 1
         with select.epoll() as poll:
             waiting: dict[int, tuple[socket.socket, bytes, float]] = {}
+            numbers = {sock.fileno(): number for number, sock in enumerate(self.sockets)}
             for number, sock in enumerate(self.sockets):
                 word = b"%08d:%08d;" % (self._said, number)
                 poll.register(sock, select.EPOLLIN)
@@ -72,7 +75,9 @@ class Crowd:
                     sock, word, since = waiting[descriptor]
                     heard = sock.recv(len(word))
                     if heard == word:
-                        longest = max(longest, time.monotonic() - since)
+                        number, waited = numbers[descriptor], time.monotonic() - since
+                        self.waited[number] = max(self.waited[number], waited)
+                        longest = max(longest, waited)
                         poll.unregister(descriptor)
                         del waiting[descriptor]
                     else:
@@ -114,13 +119,16 @@ def echo(sockets: Iterable[socket.socket], listener: socket.socket | None = None
             sock = open_[descriptor]
             try:
                 data = sock.recv(65536)
-                if data:
-                    sock.send(data)
-                    continue
             except BlockingIOError:
                 continue
             except OSError:
-                pass  # ECONNABORTED: it moved away
+                data = b""  # ECONNABORTED: it moved away
+            if data:
+                try:
+                    sock.send(data)
+                    continue
+                except OSError as error:
+                    print(f"read but not answered: {error}", file=sys.stderr, flush=True)
             poll.unregister(descriptor)
             open_.pop(descriptor).close()
 
@@ -128,7 +136,9 @@ def echo(sockets: Iterable[socket.socket], listener: socket.socket | None = None
 def main() -> None:
     raise_limit()
     if sys.argv[1] == "serve":
-        with socket.create_server((sys.argv[2], int(sys.argv[3])), backlog=4096) as listener:
+        address = sys.argv[2]
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.create_server((address, int(sys.argv[3])), family=family, backlog=4096) as listener:
             print("ready", flush=True)
             echo([], listener)
     else:

@@ -89,6 +89,7 @@ class Agent:
         self.directory = directory
         self.socket = directory / "agent.sock"
         self.address = f"{host.ip4}:{PORT}"
+        self.address6 = f"[{host.ip6}]:{PORT}"  # for agents that listen on [::]
         self.log = directory / "log"
         self._words = ["--listen", self.address, "--tls", str(tls), "--socket", str(self.socket)]
         self._words += ["--state-dir", str(directory / "state"), "--key-dir", str(directory / "key")]
@@ -190,7 +191,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from migrate.agent.tls import init_tls
 
     directory = tmp_path_factory.mktemp("tls")
-    init_tls(directory, [f"10.0.0.{number}" for number in range(1, 6)])
+    init_tls(directory, [name for number in range(1, 6) for name in (f"10.0.0.{number}", f"fd00::{number}")])
     return directory
 
 

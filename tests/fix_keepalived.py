@@ -1,4 +1,4 @@
-"""Real keepalived daemons, which give a LAN's floating address to one of two hosts: the fixture ``pair``.
+"""Real keepalived daemons, which give a LAN's floating addresses to one of two hosts: the fixture ``pair``.
 
 ::
 
@@ -14,6 +14,7 @@ Both run scripts/keepalived/check and notify as an operator's configuration woul
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -24,14 +25,13 @@ from pathlib import Path
 import pytest
 
 from tests.fix_agents import Agent, Done
-from tests.fix_netns import Lan
+from tests.fix_netns import Host, Lan
 from tests.waiting import until
 
 __all__ = ["Node", "Pair"]
 
 SCRIPTS = Path(__file__).parents[1] / "scripts/keepalived"
 GRACE = 2  # seconds
-GUARD = "tcpmig-guard-0a000064"  # of 10.0.0.100
 
 CONFIGURATION = """
 global_defs {{
@@ -39,18 +39,26 @@ global_defs {{
     script_user root
     {fifo}
 }}
-vrrp_script follows {{
+{instances}
+"""
+
+FIFO = """vrrp_notify_fifo {directory}/fifo
+    vrrp_notify_fifo_script "{notify}" """
+
+# Timers for tests; a keepalived of one IP version an instance.
+INSTANCE = """
+vrrp_script follows_{number} {{
     script "{check}"
     interval 1
     weight -50
     fall 1
     rise 1
 }}
-vrrp_instance VI_1 {{
+vrrp_instance VI_{number} {{
     state BACKUP
-    {words}
+    {notify}
     interface {dev}
-    virtual_router_id 51
+    virtual_router_id {number}
     version 3
     advert_int 0.2
     priority {priority}
@@ -59,52 +67,65 @@ vrrp_instance VI_1 {{
         {peer}
     }}
     virtual_ipaddress {{
-        {vip}/24 dev {dev}
+        {addresses}
     }}
     track_script {{
-        follows
+        follows_{number}
     }}
 }}
 """
 
-FIFO = """vrrp_notify_fifo {directory}/fifo
-    vrrp_notify_fifo_script "{notify}" """
-
 
 class Node:
-    """One host of the pair: its agent and its keepalived."""
+    """One host of the pair: its agent and its keepalived. ``groups``: the addresses of each instance."""
 
-    def __init__(self, net: Lan, agent: Agent, peer: Agent, *, priority: int, fifo: bool) -> None:
+    def __init__(
+        self, agent: Agent, peer: Agent, groups: Sequence[Sequence[str]], *, priority: int, fifo: bool, grace: float
+    ) -> None:
         self.host = agent.host
         self.agent = agent
-        self.address = net.vip4
+        self.addresses = list(itertools.chain(*groups))
         self.directory = agent.directory / "keepalived"
         self.directory.mkdir()
         self.run_dir = self.directory / "run"
         self.log = self.directory / "log"
-        # What every use of `tcpmig failover` on this host has in common.
-        self.words = ["--address", net.vip4, "--to", peer.address]
-        self.words += ["--socket", str(agent.socket), "--run-dir", str(self.run_dir)]
+        self._others = ["--to", peer.address, "--to", peer.address6]
+        self._here = ["--socket", str(agent.socket), "--run-dir", str(self.run_dir)]
+        self.words = self._words(self.addresses)
         self._tcpmig = self.directory / "tcpmig"
         self._tcpmig.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m migrate.cli "$@" >>{self.log} 2>&1\n')
         self._tcpmig.chmod(0o755)
-        notify = " ".join(map(str, [SCRIPTS / "notify", *self.words, "--grace", GRACE]))
-        self._check: list[str | Path] = [SCRIPTS / "check", net.vip4, agent.socket, self.run_dir]
+
+        def notify(addresses: Sequence[str]) -> str:
+            return " ".join(map(str, [SCRIPTS / "notify", *self._words(addresses), "--grace", grace]))
+
         self._configuration = self.directory / "keepalived.conf"
         self._configuration.write_text(
             CONFIGURATION.format(
                 name=self.host.name,
-                fifo=FIFO.format(directory=self.directory, notify=notify) if fifo else "",
-                words="" if fifo else f'notify "{notify}"',
-                check=" ".join(map(str, self._check)),
-                dev=self.host.dev,
-                priority=priority,
-                ip=self.host.ip4,
-                peer=peer.host.ip4,
-                vip=net.vip4,
+                fifo=FIFO.format(directory=self.directory, notify=notify(self.addresses)) if fifo else "",
+                instances="".join(
+                    INSTANCE.format(
+                        number=number,
+                        notify="" if fifo else f'notify "{notify(addresses)}"',
+                        check=" ".join(map(str, self._check(addresses[0]))),
+                        dev=self.host.dev,
+                        priority=priority,
+                        ip=_like(addresses[0], self.host),
+                        peer=_like(addresses[0], peer.host),
+                        addresses="\n        ".join(
+                            f"{each}/{64 if ':' in each else 24} dev {self.host.dev}" for each in addresses
+                        ),
+                    )
+                    for number, addresses in enumerate(groups, 51)
+                ),
             )
         )
         self.process: subprocess.Popen[bytes] | None = None
+
+    def _words(self, addresses: Sequence[str]) -> list[str]:
+        """What every use of `tcpmig failover` on this host has in common."""
+        return [*itertools.chain(*(("--address", each) for each in addresses)), *self._others, *self._here]
 
     def start(self) -> None:
         """Start keepalived, and wait until it and its notify program work."""
@@ -131,29 +152,41 @@ class Node:
             self.process.wait(15)
 
     def has_address(self) -> bool:
-        """Whether keepalived gave this host the address."""
-        return self.address in self.host.run(["ip", "address", "show", "dev", self.host.dev]).stdout
+        """Whether keepalived gave this host the addresses."""
+        shown = self.host.run(["ip", "address", "show", "dev", self.host.dev]).stdout
+        return all(f" {each}/" in shown for each in self.addresses)
 
     def guarded(self) -> bool:
-        """Whether the host sends no RST from the address."""
-        return GUARD in self.host.run(["nft", "list", "tables"]).stdout
+        """Whether the host sends no RST from the addresses."""
+        return self._guards() == len(self.addresses)
 
     def unguarded(self) -> bool:
         """Whether it may."""
-        return not self.guarded()
+        return self._guards() == 0
+
+    def _guards(self) -> int:
+        return self.host.run(["nft", "list", "tables"]).stdout.count(" tcpmig-guard-")
 
     def connections(self) -> int:
-        """How many established connections of the address live here."""
-        return len(self.host.run(["ss", "-Htn", "state", "established", "src", self.address]).stdout.splitlines())
+        """How many established connections of the addresses live here."""
+        return sum(
+            len(self.host.run(["ss", "-Htn", "state", "established", "src", each]).stdout.splitlines())
+            for each in self.addresses
+        )
 
     def check(self) -> tuple[int, str]:
-        """What the check program gives, and what it says."""
-        done = self.host.run(self._check, check=False)
+        """What the check program gives for the first address, and what it says."""
+        done = self.host.run(self._check(self.addresses[0]), check=False)
         return done.returncode, done.stderr
+
+    def _check(self, address: str) -> list[str | Path]:
+        return [SCRIPTS / "check", address, self.agent.socket, self.run_dir]
 
     def failover(self, *words: str) -> Done:
         """The planned switch."""
-        return self.agent.tcpmig("failover", *self.words[:4], "--run-dir", str(self.run_dir), *words)
+        common = self._words(self.addresses)
+        at = common.index("--socket")  # Agent.tcpmig says it
+        return self.agent.tcpmig("failover", *common[:at], *common[at + 2 :], *words)
 
     def _followed(self) -> bool:
         return self.log.exists() and bool(self.log.read_text())
@@ -164,19 +197,35 @@ class Node:
         return "\n".join(f"--- {path}\n{path.read_text()[-6000:]}" for path in logs if path.exists())
 
 
+def _like(address: str, host: Host) -> str:
+    """The host's own address of that address's IP version."""
+    return host.ip6 if ":" in address else host.ip4
+
+
 Pair = Callable[..., tuple[Node, Node]]
 
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    """``pair(net, agent_a, agent_b, priorities=(100, 100), fifo=True)``; the first has the address."""
+    """``pair(net, agent_a, agent_b, groups=[["10.0.0.100"]], priorities=(100, 100))``; a has all."""
     with contextlib.ExitStack() as started:
 
         def start(
-            net: Lan, a: Agent, b: Agent, *, priorities: Sequence[int] = (100, 100), fifo: bool = True
+            net: Lan,
+            a: Agent,
+            b: Agent,
+            *,
+            groups: Sequence[Sequence[str]] = (),
+            priorities: Sequence[int] = (100, 100),
+            fifo: bool = True,
+            grace: float = GRACE,
         ) -> tuple[Node, Node]:
             first, second = priorities
-            nodes = Node(net, a, b, priority=first, fifo=fifo), Node(net, b, a, priority=second, fifo=fifo)
+            groups = groups or [[net.vip4]]
+            nodes = (
+                Node(a, b, groups, priority=first, fifo=fifo, grace=grace),
+                Node(b, a, groups, priority=second, fifo=fifo, grace=grace),
+            )
             for node in nodes:
                 started.callback(node.stop)
                 node.start()

@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import msgspec
@@ -102,6 +102,11 @@ class Arrivals(Driver):
             host.metrics.batches("destination", 1)
         batch.stream, batch.source = stream, source
         self.host.engine.give(batch, message)
+
+    def forward(self, tuples: Sequence[FourTuple], owner: bytes, done: Callable[[], None]) -> None:
+        """The host with that packed address owns these, this one has their address. ``done`` is called in the end."""
+        ours = {each.four_tuple for each in self._diag.list_connections()}
+        self.host.steerer.give("forward", [each for each in tuples if each not in ours], owner, done)
 
     def verdict(self, id_: bytes, epoch: int) -> bool:
         """Whether that epoch of that connection was committed here. If not, it never will be after this question.

@@ -162,6 +162,8 @@ def _steering(words: str) -> types_pb2.Steering | None:
             return types_pb2.Steering(vip=types_pb2.SteerVip(device=rest))
         case "forward" if not rest:
             return types_pb2.Steering(forward=types_pb2.SteerForward())
+        case "follow" if not rest:
+            return types_pb2.Steering(follow=types_pb2.SteerFollow())
         case "director" if rest:
             return types_pb2.Steering(director=types_pb2.SteerDirector(agent=rest))
         case "script" if rest:

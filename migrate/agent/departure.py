@@ -42,7 +42,9 @@ Results = Callable[["Departure", str, Mapping[bytes, str]], None]
 
 
 class Departure(Handoff):
-    """One batch on its way out. ``when_quiet`` is the time in seconds to wait for the first quiet ones, or None."""
+    """One batch on its way out. ``when_quiet`` is the time in seconds to wait for the first quiet ones, or None;
+    ``thorough`` of those that quick attempts have not found quiet.
+    """
 
     def __init__(
         self,
@@ -51,11 +53,13 @@ class Departure(Handoff):
         sockets: Mapping[FourTuple, socket.socket] | None = None,
         *,
         when_quiet: float | None = None,
+        thorough: bool = False,
         report: Results = lambda *_: None,
     ) -> None:
         super().__init__(machine, driver)
         self.sockets.update(sockets or {})
         self.when_quiet = when_quiet
+        self.thorough = thorough
         self.report = report
         self.frozen: dict[FourTuple, Ici] = {}
         self.left_out: dict[bytes, str] = {}  # refused by this side, and why: the other only sees that they are missing
@@ -126,6 +130,9 @@ class Departures(Driver):
         if known is not None:
             known.close()
             self.host.metrics.batches("source", -1)
+            if not self.batches:
+                with contextlib.suppress(Error):
+                    self.host.carrier.drop_unused(self.host.holds.addresses())
 
     def _hold(self, batch: Departure, command: do.Hold) -> None:  # type: ignore[override]
         batch.passed("prepare")
@@ -166,7 +173,7 @@ class Departures(Driver):
         ready: list[FourTuple] = []
         held = _FromAnotherThread(self, batch)
         try:
-            attempts = quiet.rounds(sockets, held, seconds=batch.when_quiet or 0)
+            attempts = quiet.rounds(sockets, held, seconds=batch.when_quiet or 0, thorough=batch.thorough)
             ready = next(attempts, ([], False))[0]
         except Exception:
             _log.exception("waiting for a quiet point failed")

@@ -6,7 +6,7 @@ Everything here runs in the engine's thread.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ class Host:
     adopters: Adopters
     metrics: Metrics
     dial: Callable[[str], Stream]
+    forward: Callable[[str, Iterable[FourTuple]], Awaitable[None]]  # as `link.Links.forward`, in the event loop
     events: Events
     paths: PathState | None = None
     registry: OwnershipRegistry | None = None

@@ -6,6 +6,7 @@ needs a lock. Others speak to it by `call`. What takes long is started elsewhere
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
 import os
@@ -15,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from migrate.agent.logging import get_logger
 from migrate.errors import Error, HostError, RemoteError
@@ -34,6 +35,8 @@ itself (SIGSTOP) until it is continued. FAIL: the command after the point fails.
 """
 
 RETRY = 0.2  # seconds until a command that goes on until done is tried again
+
+T = TypeVar("T")
 
 _log = get_logger(__name__)
 
@@ -123,6 +126,22 @@ class Engine:
         """Have ``call`` carried out in the engine's thread, after what was called before. From any thread."""
         self._calls.append(call)
         os.eventfd_write(self._wake, 1)
+
+    async def ask(self, call: Callable[[], T]) -> T:
+        """The result of ``call``, carried out in the engine's thread. From an event loop. Raises what it raises."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[T] = loop.create_future()
+
+        def work() -> None:
+            try:
+                result = call()
+            except Error as error:
+                loop.call_soon_threadsafe(ended.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(ended.set_result, result)
+
+        self.call(work)
+        return await ended
 
     def later(self, seconds: float, call: Callable[[], object]) -> None:
         """Have ``call`` carried out in so many seconds. From the engine's thread."""

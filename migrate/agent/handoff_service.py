@@ -7,6 +7,7 @@ import contextlib
 import urllib.parse
 from collections.abc import AsyncIterator
 from functools import partial
+from typing import Any
 
 import grpc.aio
 
@@ -14,13 +15,14 @@ from migrate import errors
 from migrate.agent.arrival import Arrivals
 from migrate.agent.auth import caller_of
 from migrate.agent.link import InLink, hello
+from migrate.agent.steering import address_of
 from migrate.agent.v1 import handoff_pb2 as pb
 from migrate.agent.v1 import handoff_pb2_grpc
-from migrate.agent.wire import Assembler, negotiate
+from migrate.agent.wire import Assembler, negotiate, unpack_tuples
 
 __all__ = ["HandoffService"]
 
-Context = grpc.aio.ServicerContext[pb.TransferRequest, pb.TransferResponse]
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class HandoffService(handoff_pb2_grpc.HandoffServicer):
@@ -56,6 +58,19 @@ class HandoffService(handoff_pb2_grpc.HandoffServicer):
             self._arrivals.host.engine.call(partial(self._arrivals.lost, link))
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
+
+    async def Forward(self, request: pb.ForwardRequest, context: Context) -> pb.ForwardResponse:
+        """See the .proto."""
+        owner = address_of(_address(context.peer()))
+        tuples = unpack_tuples(request.four_tuples, errors.UsageError)
+        loop, forwarded = asyncio.get_running_loop(), asyncio.Event()
+
+        def done() -> None:
+            loop.call_soon_threadsafe(forwarded.set)
+
+        self._arrivals.host.engine.call(partial(self._arrivals.forward, tuples, owner, done))
+        await forwarded.wait()
+        return pb.ForwardResponse()
 
     def close(self) -> None:
         """End all streams."""

@@ -39,6 +39,10 @@ class Holds:
         """Keep what has arrived."""
         self._hold.collect()
 
+    def addresses(self) -> set[bytes]:
+        """The packed local addresses of what is held."""
+        return {each.local for each in self._batches}
+
     def __len__(self) -> int:
         return len(self._batches)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 
 import grpc.aio
@@ -20,11 +20,13 @@ from migrate.agent.options import channel_options
 from migrate.agent.tls import load_channel_credentials
 from migrate.agent.v1 import handoff_pb2 as pb
 from migrate.agent.v1 import handoff_pb2_grpc
-from migrate.agent.wire import VERSION, Assembler, negotiate, requests_of, response_of
+from migrate.agent.wire import VERSION, Assembler, negotiate, pack_tuples, requests_of, response_of
+from migrate.fourtuple import FourTuple
 from migrate.handoff.messages import Message
 
 __all__ = ["InLink", "Links", "OutLink", "hello", "open_channel"]
 
+_FORWARDED = 5.0  # seconds for an agent to forward what it is asked to
 _PAUSE = 0.5  # seconds between two attempts to reach an agent that could not be reached
 
 _log = get_logger(__name__)
@@ -151,6 +153,15 @@ class Links:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._start, link)
         return link
+
+    async def forward(self, agent: str, tuples: Iterable[FourTuple]) -> None:
+        """Have that agent's host forward these connections, which live here, to this host. Raises RemoteError."""
+        request = pb.ForwardRequest(four_tuples=pack_tuples(tuples))
+        async with open_channel(agent, self._tls) as channel:
+            try:
+                await handoff_pb2_grpc.HandoffStub(channel).Forward(request, timeout=_FORWARDED)
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error, agent) from None
 
     async def close(self) -> None:
         """End all streams."""

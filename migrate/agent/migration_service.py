@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -17,7 +17,7 @@ from migrate.agent.logging import get_logger
 from migrate.agent.move import Move, Wish
 from migrate.agent.v1 import migration_pb2 as pb
 from migrate.agent.v1 import migration_pb2_grpc, types_pb2
-from migrate.errors import Error, NotFound, UsageError
+from migrate.errors import NotFound, UsageError
 from migrate.fourtuple import FourTuple, parse_endpoint
 from migrate.handoff.destination import DestinationHandoff
 from migrate.handoff.events import Resolved
@@ -36,7 +36,6 @@ _notsent = tcpinfo.reader("notsent_bytes")
 
 _log = get_logger(__name__)
 
-T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -166,7 +165,7 @@ class MigrationService(migration_pb2_grpc.MigrationServicer):
             self._departures.host.engine.give(batch, Resolved(committed))
             return len(batch.machine.connections)
 
-        return pb.ResolveResponse(verdicts=[settle.verdict] * await self._in_engine(decide))
+        return pb.ResolveResponse(verdicts=[settle.verdict] * await self._departures.host.engine.ask(decide))
 
     async def _ask(self, ask: pb.AskVerdicts) -> pb.ResolveResponse:
         if any(len(each.id) != ID_BYTES or each.epoch == 0 for each in ask.connections):
@@ -176,23 +175,7 @@ class MigrationService(migration_pb2_grpc.MigrationServicer):
             return [self._arrivals.verdict(each.id, each.epoch) for each in ask.connections]
 
         words = {True: pb.VERDICT_COMMITTED, False: pb.VERDICT_DISCARDED}
-        return pb.ResolveResponse(verdicts=[words[each] for each in await self._in_engine(decide)])
-
-    async def _in_engine(self, call: Callable[[], T]) -> T:
-        """The result of ``call``, made in the engine's thread."""
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Future[T] = loop.create_future()
-
-        def work() -> None:
-            try:
-                result = call()
-            except Error as error:
-                loop.call_soon_threadsafe(ended.set_exception, error)
-            else:
-                loop.call_soon_threadsafe(ended.set_result, result)
-
-        self._departures.host.engine.call(work)
-        return await ended
+        return pb.ResolveResponse(verdicts=[words[each] for each in await self._departures.host.engine.ask(decide)])
 
 
 class _Reports:
@@ -259,8 +242,8 @@ def _steer(steering: types_pb2.Steering) -> str:
             return ""
         case "vip":
             return f"vip:{steering.vip.device}"
-        case "forward":
-            return "forward"
+        case "forward" | "follow" as how:
+            return how
         case how:
             raise UsageError(f"this agent cannot steer by {how} yet", hint="vip or forward")
 

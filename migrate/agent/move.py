@@ -38,11 +38,13 @@ __all__ = ["Move", "Wish"]
 BATCH = 160  # connections
 BATCH_BYTES = 4 << 20  # of their queues
 WINDOW = 3  # batches under way
+_THOROUGH = 0.8  # of the time for quiet points: from then on it is looked longer, which holds connections for longer
 PATIENCE = 30.0  # seconds until a batch that is not decided is reported as in doubt
 
 # Microseconds, measured between two agents on one machine of two cores: for a batch, a connection, a byte.
 FROZEN_BATCH, FROZEN_EACH, FROZEN_BYTE = 4000, 80, 0.01
 
+_SERVED = frozenset(TcpState) - {TcpState.LISTEN, TcpState.CLOSED, TcpState.TIME_WAIT}  # by this host's address
 _CLASH = Refused("it would become the same connection as another of this move", hint="map it to another port")
 _PASSING = {TcpState.TIME_WAIT, TcpState.SYN_RECEIVED}
 
@@ -62,6 +64,8 @@ class Wish:
 
     def __post_init__(self) -> None:
         check_words(self.steer)
+        if self.steer == "follow" and not (self.selector.local and self.selector.local[0]):
+            raise UsageError("which address has moved?", hint="select by it: --local ADDR")
         if self.maps and self.steer:
             raise UsageError(
                 "steering brings the old local ends to the destination, and a map gives them up",
@@ -135,6 +139,8 @@ class Move:
         """The whole move; never raises Error, but reports it."""
         problem: Error | None = None
         try:
+            if self._wish.steer == "follow":
+                await self._stay_served(self._wish.destinations[0])
             movable, refused = await self.plan()
             self._reporter.plan(len(movable) + len(refused), len(movable))
             if not (movable or refused) and not self._wish.selector.empty:
@@ -149,6 +155,14 @@ class Move:
             self._takers.close()
             self._over.set()
         return self._reporter.summary(problem)
+
+    async def _stay_served(self, destination: str) -> None:
+        """Their address is at the destination, or will be: until they are there too, they are forwarded to here."""
+        host = self._departures.host
+        living = await asyncio.to_thread(find, self._wish.selector._replace(states=_SERVED), owners=False)
+        tuples = [each.connection.four_tuple for each in living]
+        await host.engine.ask(lambda: host.carrier.also({each.local for each in tuples}))
+        await host.forward(destination, tuples)
 
     async def _to(self, destination: str, found: Sequence[Found], *, last: bool) -> list[Found]:
         """Move these there; those that stayed, unless it is the last destination, may be tried elsewhere."""
@@ -197,20 +211,11 @@ class Move:
 
             self._loop.call_soon_threadsafe(told)
 
-        started: asyncio.Future[Departure] = self._loop.create_future()
         quiet = None if self._wish.when_quiet is None else max(0.05, deadline - time.monotonic())
-
-        def start() -> None:
-            try:
-                batch = self._start(destination, found, quiet, final, report)
-            except Error as error:
-                self._loop.call_soon_threadsafe(started.set_exception, error)
-                return
-            self._loop.call_soon_threadsafe(started.set_result, batch)
-
-        self._departures.host.engine.call(start)
         try:
-            batch = await started
+            batch = await self._departures.host.engine.ask(
+                lambda: self._start(destination, found, quiet, final, report)
+            )
         except Error as error:
             self._leave(found, error)
             return []
@@ -241,7 +246,8 @@ class Move:
             registry=host.registry.identity if host.registry is not None else "",
             times=_times(host.times, quiet),
         )
-        batch = Departure(machine, self._departures, sockets, when_quiet=quiet, report=report)
+        thorough = quiet is not None and quiet < _THOROUGH * (self._wish.when_quiet or 0)
+        batch = Departure(machine, self._departures, sockets, when_quiet=quiet, thorough=thorough, report=report)
         self._departures.begin(batch)
         return batch
 

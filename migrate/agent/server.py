@@ -135,6 +135,7 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
             adopters=Adopters(settings.adopt, spawner),
             metrics=metrics,
             dial=links.dial,
+            forward=links.forward,
             registry=registry,
             events=events,
             paths=opened.enter_context(_paths()) if settings.path_state else None,

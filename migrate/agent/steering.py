@@ -1,7 +1,8 @@
 """Steering on the agent's side: the words of --steer, and a thread of its own, beside the handoff.
 
 ``vip:DEV`` moves an address as a whole. Whether this can be done for a batch is the mover's question: an address from
-which connections stay behind stays with them, and the others are forwarded (``forward``).
+which connections stay behind stays with them, and the others are forwarded (``forward``). ``follow`` says that the
+address moves by other means: until its connections have followed, its new host forwards them to the old one.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _log = get_logger(__name__)
 def check_words(words: str) -> None:
     """Raise UsageError for what is no way to steer."""
     way, _, rest = words.partition(":")
-    if not (words in ("", "forward") or (way == "vip" and rest)):
-        raise UsageError(f"{words!r} is no way to steer", hint="write vip:DEV, as in vip:eth0, or forward")
+    if not (words in ("", "forward", "follow") or (way == "vip" and rest)):
+        raise UsageError(f"{words!r} is no way to steer", hint="write vip:DEV, as in vip:eth0, or forward, or follow")
 
 
 class Steerer:
@@ -58,7 +59,12 @@ class Steerer:
         self._thread.submit(self._prepare, words)
 
     def take(
-        self, words: str, mine: Sequence[FourTuple], others: Sequence[FourTuple], owner: bytes, done: Callable[[], None]
+        self,
+        words: str,
+        mine: Sequence[FourTuple],
+        others: Sequence[FourTuple],
+        owner: bytes,
+        done: Callable[[], None],
     ) -> None:
         """``mine`` live here now; ``others`` of the same batch stayed with ``owner``. ``done`` is called in the end."""
 

@@ -26,8 +26,10 @@ __all__ = [
     "VERSION",
     "Assembler",
     "negotiate",
+    "pack_tuples",
     "requests_of",
     "response_of",
+    "unpack_tuples",
 ]
 
 VERSION = 1
@@ -54,6 +56,27 @@ def negotiate(hello: pb.Hello) -> int:
         f"agent {hello.host} ({hello.software}) speaks handoff version {theirs}, this one {VERSION}",
         hint="bring both to the same release",
     )
+
+
+def pack_tuples(tuples: Iterable[FourTuple]) -> bytes:
+    """Four-tuples as the messages carry them, 36 bytes each."""
+    return b"".join(
+        _FOUR_TUPLE.pack(_mapped(local), local_port, _mapped(remote), remote_port)
+        for local, local_port, remote, remote_port in tuples
+    )
+
+
+def unpack_tuples(packed: bytes, fault: type[errors.Error]) -> list[FourTuple]:
+    """The opposite. Raises ``fault`` for what is no such list."""
+    if len(packed) % _FOUR_TUPLE.size:
+        raise fault(f"malformed four-tuples: {len(packed)} bytes")
+    tuples = [
+        FourTuple(unmapped(local), local_port, unmapped(remote), remote_port)
+        for local, local_port, remote, remote_port in _FOUR_TUPLE.iter_unpack(packed)
+    ]
+    if any(len(each.local) != len(each.remote) for each in tuples):
+        raise fault("malformed four-tuples: the ends of one are of different IP versions")
+    return tuples
 
 
 def requests_of(message: messages.Message) -> Iterator[pb.TransferRequest]:
@@ -193,10 +216,11 @@ class Assembler:
         if not 0 < len(set(ids)) == len(ids) <= MAX_CONNECTIONS:
             raise self._fault(f"malformed list of connections: {len(ids)} ids, {len(set(ids))} of them different")
         connections = []
-        for id_, epoch, parts in zip(ids, packed.epochs, _FOUR_TUPLE.iter_unpack(packed.four_tuples), strict=True):
-            four_tuple = FourTuple(unmapped(parts[0]), parts[1], unmapped(parts[2]), parts[3])
-            if epoch == 0 or len(four_tuple.local) != len(four_tuple.remote):
-                raise self._fault(f"malformed list of connections: epoch {epoch} of {parts}")
+        for id_, epoch, four_tuple in zip(
+            ids, packed.epochs, unpack_tuples(packed.four_tuples, self._fault), strict=True
+        ):
+            if epoch == 0:
+                raise self._fault(f"malformed list of connections: epoch 0 of {four_tuple}")
             connections.append(Connection(id_, epoch, four_tuple))
         return tuple(connections)
 
@@ -240,14 +264,10 @@ class _Strings:
 def _list_of(connections: Sequence[Connection]) -> pb.ConnectionList:
     if len(connections) > MAX_CONNECTIONS:
         raise errors.UsageError(f"a batch of {len(connections)} connections, more than {MAX_CONNECTIONS}")
-    packed = bytearray()
-    for connection in connections:
-        local, local_port, remote, remote_port = connection.four_tuple
-        packed += _FOUR_TUPLE.pack(_mapped(local), local_port, _mapped(remote), remote_port)
     return pb.ConnectionList(
         ids=b"".join(connection.id for connection in connections),
         epochs=[connection.epoch for connection in connections],
-        four_tuples=bytes(packed),
+        four_tuples=pack_tuples(connection.four_tuple for connection in connections),
     )
 
 

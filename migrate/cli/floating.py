@@ -35,18 +35,21 @@ _PASSING = {TcpState.LISTEN, TcpState.SYN_RECEIVED, TcpState.TIME_WAIT, TcpState
 
 
 class Floating:
-    """``address`` in text; ``peer`` is the other host's agent; ``agent`` this host's. A context manager."""
+    """``address`` in text; ``peer`` is the other host's agent; ``agent`` this host's. A context manager.
 
-    def __init__(self, address: str, peer: str, agent: Client, run_dir: Path) -> None:
+    ``quiet`` is the time in seconds to wait for quiet points, or None.
+    """
+
+    def __init__(self, address: str, peer: str, agent: Client, run_dir: Path, *, quiet: float | None = None) -> None:
         """Raises UsageError for what is no address, PrivilegeError, HostError."""
         self._address = _packed(address)
         self.text = address
         self.peer = peer
         self._agent = agent
+        self._quiet = quiet
         self._selector = Selector(local=(self._address, None), states=frozenset(TcpState) - _PASSING)
         self._word = run_dir / f"{address}.yield"
-        self._locks = run_dir / address
-        self._told = run_dir / f"{address}.told"
+        self._lock = run_dir / f"{address}.sweep"
         try:
             run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         except OSError as error:
@@ -79,28 +82,31 @@ class Floating:
         """Take that back."""
         self._word.unlink(missing_ok=True)
 
-    def tell(self) -> None:
-        """Something happened to the address: whoever waits for it to come to rest begins anew."""
-        self._told.touch()
+    def named_in(self, told: bytes) -> bool:
+        """Whether what an `AddressWatch` told is about this address, or may be."""
+        return self._address in told
 
-    def told(self) -> int:
-        """Changes with each `tell`, of any process."""
-        try:
-            return self._told.stat().st_mtime_ns
-        except FileNotFoundError:
-            return 0
+    def left(self, *, handshakes: bool = False) -> int:
+        """How many connections of the address live in processes here; with those on their way to a listener, if asked.
 
-    def left(self) -> int:
-        """How many connections of the address live in processes here."""
-        return sum(bool(each.owners) for each in find(self._selector))
+        What waits for its owner to accept it is not among them: it soon will be.
+        """
+        if not handshakes:
+            return sum(bool(each.owners) for each in find(self._selector))
+        under_way = Selector(local=self._selector.local, states=frozenset({TcpState.SYN_RECEIVED}))
+        return self.left() + len(find(under_way, owners=False))
 
-    def sweep(self, output: Output) -> None:
-        """Move the connections of the address to the other host. Raises Error if that cannot even begin."""
+    def sweep(self, output: Output, *, behind: bool) -> None:
+        """Move the connections of the address to the other host. Raises Error if that cannot even begin.
+
+        ``behind``: the address is there already, or will be; that host forwards to here what has not come.
+        """
         # The planned switch and the notify program may want it at the same time.
-        with self._locked("sweep"), contextlib.suppress(NotFound):
-            if self.left():
+        with self._locked(), contextlib.suppress(NotFound):
+            if self.left(handshakes=behind):
                 # Forwarded in any case: an entry from an earlier move the other way goes with it.
-                reports = self._agent.migrate(self._selector, self.peer, steer="forward")
+                steer = "follow" if behind else "forward"
+                reports = self._agent.migrate(self._selector, self.peer, steer=steer, when_quiet=self._quiet)
                 moving.follow(reports, output, dry_run=False)
 
     def tidy(self) -> None:
@@ -108,14 +114,9 @@ class Floating:
         with Forward() as forward:
             forward.take([each for each in forward.given() if each.local == self._address])
 
-    def followed(self) -> contextlib.AbstractContextManager[None]:
-        """Wait until no other process of `following` acts on one notification."""
-        return self._locked("follow")
-
     @contextlib.contextmanager
-    def _locked(self, what: str) -> Iterator[None]:
-        path = self._locks.with_name(f"{self._locks.name}.{what}")
-        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb") as file:
+    def _locked(self) -> Iterator[None]:
+        with open(os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

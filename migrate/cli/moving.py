@@ -34,7 +34,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What every move can be told."""
     add_agent(parser)
     parser.add_argument("--when-quiet", metavar="SECONDS", type=float, help="wait, at most that long, for quiet points")
-    parser.add_argument("--steer", metavar="HOW", default="", help="vip:DEV, or forward: how the segments find it")
+    parser.add_argument(
+        "--steer", metavar="HOW", default="", help="vip:DEV, forward, or follow: how the segments find it"
+    )
     parser.add_argument(
         "--map",
         metavar="OLD=NEW",

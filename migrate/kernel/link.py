@@ -16,10 +16,14 @@ from typing import Any, NamedTuple, Self, TypeVar
 from migrate.errors import KernelError, NotFound, from_oserror
 from migrate.kernel import netns
 
-__all__ = ["Address", "Links"]
+__all__ = ["Address", "AddressWatch", "Links"]
 
+NETLINK_ROUTE = 0  # include/uapi/linux/netlink.h
+RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x10, 0x100  # include/uapi/linux/rtnetlink.h
 IFA_F_NODAD, IFA_F_TENTATIVE = 0x02, 0x40  # include/uapi/linux/if_addr.h
 ROUTE_PROTOCOL = 0xB5  # rtm_protocol: numbers above RTPROTO_STATIC are free; tells our routes from those of others
+
+_LARGEST = 65536  # bytes of what the kernel tells at once
 
 T = TypeVar("T")
 
@@ -31,6 +35,46 @@ class Address(NamedTuple):
     address: bytes
     prefix_length: int
     tentative: bool  # duplicate address detection still runs (IPv6): nothing can be bound to it yet
+
+
+class AddressWatch:
+    """Readable (`fileno`) when a device of this thread's network namespace was given an address, or has lost one.
+
+    A context manager. The kernel tells it after the change, in order; see RTMGRP_IPV4_IFADDR in rtnetlink(7).
+    """
+
+    def __init__(self) -> None:
+        """Raises KernelError, PrivilegeError."""
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_ROUTE)
+            self._socket.bind((0, RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR))
+        except OSError as error:
+            raise from_oserror("watching addresses", error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def fileno(self) -> int:
+        """For select."""
+        return self._socket.fileno()
+
+    def read(self) -> bytes:
+        """What was told so far, as the kernel wrote it, each packed address in it somewhere. Never waits.
+
+        Who asks the kernel afterwards sees what came of it.
+        """
+        told = b""
+        while True:
+            try:
+                told += self._socket.recv(_LARGEST)
+            except BlockingIOError:
+                return told
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # more came than there is room for
+                    raise from_oserror("watching addresses", error) from None
 
 
 class Links:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import pytest
 
 from migrate.errors import KernelError, NotFound, PrivilegeError
 from migrate.kernel import tcpinfo
-from migrate.kernel.link import Address, Links
+from migrate.kernel.link import Address, AddressWatch, Links
 from tests.fix_netns import Host, Lan, LanFactory
+from tests.waiting import until
 
 
 def packed(text: str) -> bytes:
@@ -54,6 +56,22 @@ def test_an_address_comes_and_goes(net: Lan, address: str, whole: int, prefix_le
         assert links.remove_address(a.dev, packed(address), prefix_length)
         assert shown(a, address) == []
         assert not links.remove_address(a.dev, packed(address), prefix_length)
+
+
+def test_address_watch(net: Lan) -> None:
+    a = net.host("a")
+
+    def told() -> bool:
+        return bool(select.select([watch], [], [], 0)[0])
+
+    with a.entered(), AddressWatch() as watch:
+        assert not told()
+        for change in (net.assign, net.withdraw):
+            for address in ("10.0.0.100", "fd00::100"):
+                change(a, address)
+                until(told)
+                assert packed(address) in watch.read()
+                assert not told()
 
 
 def test_addresses(net: Lan) -> None:

@@ -208,7 +208,10 @@ def test_the_sound_ones_are_sound() -> None:
         ([prepared(connections=listed(epochs=[]))], "ids, epochs and four-tuples differ in number"),
         ([prepared(connections=listed(four_tuples=b"i" * 35))], "ids, epochs and four-tuples differ in number"),
         ([prepared(connections=listed(epochs=[0]))], "malformed list of connections: epoch 0"),
-        ([prepared(connections=listed(four_tuples=bytes(10) + b"\xff\xff" + bytes(24)))], "epoch 1 of"),
+        (
+            [prepared(connections=listed(four_tuples=bytes(10) + b"\xff\xff" + bytes(24)))],
+            "of different IP versions",
+        ),
         (
             [prepared(connections=listed(ids=b"i" * 32, epochs=[1, 2], four_tuples=bytes(72)))],
             "2 ids, 1 of them different",

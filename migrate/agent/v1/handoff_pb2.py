@@ -25,43 +25,47 @@ _sym_db = _symbol_database.Default()
 from migrate.agent.v1 import types_pb2 as tcpmig_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tcpmig/v1/handoff.proto\x12\ttcpmig.v1\x1a\x15tcpmig/v1/types.proto\"\xfd\x01\n\x0fTransferRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tcpmig.v1.HelloH\x00\x12%\n\x07prepare\x18\x02 \x01(\x0b\x32\x12.tcpmig.v1.PrepareH\x00\x12!\n\x05offer\x18\x03 \x01(\x0b\x32\x10.tcpmig.v1.OfferH\x00\x12&\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x15.tcpmig.v1.AbortBatchH\x00\x12!\n\x05query\x18\x05 \x01(\x0b\x32\x10.tcpmig.v1.QueryH\x00\x12\'\n\x08released\x18\x06 \x01(\x0b\x32\x13.tcpmig.v1.ReleasedH\x00\x42\t\n\x07message\"\x93\x02\n\x10TransferResponse\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tcpmig.v1.HelloH\x00\x12\'\n\x08prepared\x18\x02 \x01(\x0b\x32\x13.tcpmig.v1.PreparedH\x00\x12)\n\tcommitted\x18\x03 \x01(\x0b\x32\x14.tcpmig.v1.CommittedH\x00\x12)\n\tdiscarded\x18\x04 \x01(\x0b\x32\x14.tcpmig.v1.DiscardedH\x00\x12)\n\tactivated\x18\x05 \x01(\x0b\x32\x14.tcpmig.v1.ActivatedH\x00\x12\'\n\x07timings\x18\x0f \x03(\x0b\x32\x16.tcpmig.v1.PhaseTimingB\t\n\x07message\"m\n\x05Hello\x12\x16\n\x0eoldest_version\x18\x01 \x01(\r\x12\x16\n\x0enewest_version\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x10\n\x08software\x18\x04 \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x05 \x03(\t\"B\n\x0e\x43onnectionList\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\x04\x12\x13\n\x0b\x66our_tuples\x18\x03 \x01(\x0c\"&\n\x07Refusal\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\"4\n\x05Piece\x12\x0f\n\x07lengths\x18\x01 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\x83\x01\n\x07Prepare\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12.\n\x0b\x63onnections\x18\x02 \x01(\x0b\x32\x19.tcpmig.v1.ConnectionList\x12\r\n\x05steer\x18\x03 \x01(\t\x12\x10\n\x08registry\x18\x04 \x01(\t\x12\x18\n\x10patience_seconds\x18\x05 \x01(\x01\"i\n\x05Offer\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12.\n\x0b\x63onnections\x18\x02 \x01(\x0b\x32\x19.tcpmig.v1.ConnectionList\x12!\n\x07records\x18\x03 \x01(\x0b\x32\x10.tcpmig.v1.Piece\"\x1b\n\nAbortBatch\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\"F\n\x05Query\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12.\n\x0b\x63onnections\x18\x02 \x01(\x0b\x32\x19.tcpmig.v1.ConnectionList\"9\n\x08Released\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x1e\n\x04kept\x18\x02 \x01(\x0b\x32\x10.tcpmig.v1.Piece\"_\n\x08Prepared\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t\x12#\n\x07refused\x18\x03 \x03(\x0b\x32\x12.tcpmig.v1.Refusal\x12\x0e\n\x06shared\x18\x04 \x01(\x08\"P\n\tCommitted\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t\x12#\n\x07refused\x18\x03 \x03(\x0b\x32\x12.tcpmig.v1.Refusal\"P\n\tDiscarded\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t\x12#\n\x07refused\x18\x03 \x03(\x0b\x32\x12.tcpmig.v1.Refusal\"+\n\tActivated\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t2R\n\x07Handoff\x12G\n\x08Transfer\x12\x1a.tcpmig.v1.TransferRequest\x1a\x1b.tcpmig.v1.TransferResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tcpmig/v1/handoff.proto\x12\ttcpmig.v1\x1a\x15tcpmig/v1/types.proto\"%\n\x0e\x46orwardRequest\x12\x13\n\x0b\x66our_tuples\x18\x01 \x01(\x0c\"\x11\n\x0f\x46orwardResponse\"\xfd\x01\n\x0fTransferRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tcpmig.v1.HelloH\x00\x12%\n\x07prepare\x18\x02 \x01(\x0b\x32\x12.tcpmig.v1.PrepareH\x00\x12!\n\x05offer\x18\x03 \x01(\x0b\x32\x10.tcpmig.v1.OfferH\x00\x12&\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x15.tcpmig.v1.AbortBatchH\x00\x12!\n\x05query\x18\x05 \x01(\x0b\x32\x10.tcpmig.v1.QueryH\x00\x12\'\n\x08released\x18\x06 \x01(\x0b\x32\x13.tcpmig.v1.ReleasedH\x00\x42\t\n\x07message\"\x93\x02\n\x10TransferResponse\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tcpmig.v1.HelloH\x00\x12\'\n\x08prepared\x18\x02 \x01(\x0b\x32\x13.tcpmig.v1.PreparedH\x00\x12)\n\tcommitted\x18\x03 \x01(\x0b\x32\x14.tcpmig.v1.CommittedH\x00\x12)\n\tdiscarded\x18\x04 \x01(\x0b\x32\x14.tcpmig.v1.DiscardedH\x00\x12)\n\tactivated\x18\x05 \x01(\x0b\x32\x14.tcpmig.v1.ActivatedH\x00\x12\'\n\x07timings\x18\x0f \x03(\x0b\x32\x16.tcpmig.v1.PhaseTimingB\t\n\x07message\"m\n\x05Hello\x12\x16\n\x0eoldest_version\x18\x01 \x01(\r\x12\x16\n\x0enewest_version\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x10\n\x08software\x18\x04 \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x05 \x03(\t\"B\n\x0e\x43onnectionList\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\x04\x12\x13\n\x0b\x66our_tuples\x18\x03 \x01(\x0c\"&\n\x07Refusal\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\"4\n\x05Piece\x12\x0f\n\x07lengths\x18\x01 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\x83\x01\n\x07Prepare\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12.\n\x0b\x63onnections\x18\x02 \x01(\x0b\x32\x19.tcpmig.v1.ConnectionList\x12\r\n\x05steer\x18\x03 \x01(\t\x12\x10\n\x08registry\x18\x04 \x01(\t\x12\x18\n\x10patience_seconds\x18\x05 \x01(\x01\"i\n\x05Offer\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12.\n\x0b\x63onnections\x18\x02 \x01(\x0b\x32\x19.tcpmig.v1.ConnectionList\x12!\n\x07records\x18\x03 \x01(\x0b\x32\x10.tcpmig.v1.Piece\"\x1b\n\nAbortBatch\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\"F\n\x05Query\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12.\n\x0b\x63onnections\x18\x02 \x01(\x0b\x32\x19.tcpmig.v1.ConnectionList\"9\n\x08Released\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x1e\n\x04kept\x18\x02 \x01(\x0b\x32\x10.tcpmig.v1.Piece\"_\n\x08Prepared\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t\x12#\n\x07refused\x18\x03 \x03(\x0b\x32\x12.tcpmig.v1.Refusal\x12\x0e\n\x06shared\x18\x04 \x01(\x08\"P\n\tCommitted\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t\x12#\n\x07refused\x18\x03 \x03(\x0b\x32\x12.tcpmig.v1.Refusal\"P\n\tDiscarded\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t\x12#\n\x07refused\x18\x03 \x03(\x0b\x32\x12.tcpmig.v1.Refusal\"+\n\tActivated\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t2\x94\x01\n\x07Handoff\x12G\n\x08Transfer\x12\x1a.tcpmig.v1.TransferRequest\x1a\x1b.tcpmig.v1.TransferResponse(\x01\x30\x01\x12@\n\x07\x46orward\x12\x19.tcpmig.v1.ForwardRequest\x1a\x1a.tcpmig.v1.ForwardResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tcpmig.v1.handoff_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSFERREQUEST']._serialized_start=62
-  _globals['_TRANSFERREQUEST']._serialized_end=315
-  _globals['_TRANSFERRESPONSE']._serialized_start=318
-  _globals['_TRANSFERRESPONSE']._serialized_end=593
-  _globals['_HELLO']._serialized_start=595
-  _globals['_HELLO']._serialized_end=704
-  _globals['_CONNECTIONLIST']._serialized_start=706
-  _globals['_CONNECTIONLIST']._serialized_end=772
-  _globals['_REFUSAL']._serialized_start=774
-  _globals['_REFUSAL']._serialized_end=812
-  _globals['_PIECE']._serialized_start=814
-  _globals['_PIECE']._serialized_end=866
-  _globals['_PREPARE']._serialized_start=869
-  _globals['_PREPARE']._serialized_end=1000
-  _globals['_OFFER']._serialized_start=1002
-  _globals['_OFFER']._serialized_end=1107
-  _globals['_ABORTBATCH']._serialized_start=1109
-  _globals['_ABORTBATCH']._serialized_end=1136
-  _globals['_QUERY']._serialized_start=1138
-  _globals['_QUERY']._serialized_end=1208
-  _globals['_RELEASED']._serialized_start=1210
-  _globals['_RELEASED']._serialized_end=1267
-  _globals['_PREPARED']._serialized_start=1269
-  _globals['_PREPARED']._serialized_end=1364
-  _globals['_COMMITTED']._serialized_start=1366
-  _globals['_COMMITTED']._serialized_end=1446
-  _globals['_DISCARDED']._serialized_start=1448
-  _globals['_DISCARDED']._serialized_end=1528
-  _globals['_ACTIVATED']._serialized_start=1530
-  _globals['_ACTIVATED']._serialized_end=1573
-  _globals['_HANDOFF']._serialized_start=1575
-  _globals['_HANDOFF']._serialized_end=1657
+  _globals['_FORWARDREQUEST']._serialized_start=61
+  _globals['_FORWARDREQUEST']._serialized_end=98
+  _globals['_FORWARDRESPONSE']._serialized_start=100
+  _globals['_FORWARDRESPONSE']._serialized_end=117
+  _globals['_TRANSFERREQUEST']._serialized_start=120
+  _globals['_TRANSFERREQUEST']._serialized_end=373
+  _globals['_TRANSFERRESPONSE']._serialized_start=376
+  _globals['_TRANSFERRESPONSE']._serialized_end=651
+  _globals['_HELLO']._serialized_start=653
+  _globals['_HELLO']._serialized_end=762
+  _globals['_CONNECTIONLIST']._serialized_start=764
+  _globals['_CONNECTIONLIST']._serialized_end=830
+  _globals['_REFUSAL']._serialized_start=832
+  _globals['_REFUSAL']._serialized_end=870
+  _globals['_PIECE']._serialized_start=872
+  _globals['_PIECE']._serialized_end=924
+  _globals['_PREPARE']._serialized_start=927
+  _globals['_PREPARE']._serialized_end=1058
+  _globals['_OFFER']._serialized_start=1060
+  _globals['_OFFER']._serialized_end=1165
+  _globals['_ABORTBATCH']._serialized_start=1167
+  _globals['_ABORTBATCH']._serialized_end=1194
+  _globals['_QUERY']._serialized_start=1196
+  _globals['_QUERY']._serialized_end=1266
+  _globals['_RELEASED']._serialized_start=1268
+  _globals['_RELEASED']._serialized_end=1325
+  _globals['_PREPARED']._serialized_start=1327
+  _globals['_PREPARED']._serialized_end=1422
+  _globals['_COMMITTED']._serialized_start=1424
+  _globals['_COMMITTED']._serialized_end=1504
+  _globals['_DISCARDED']._serialized_start=1506
+  _globals['_DISCARDED']._serialized_end=1586
+  _globals['_ACTIVATED']._serialized_start=1588
+  _globals['_ACTIVATED']._serialized_end=1631
+  _globals['_HANDOFF']._serialized_start=1634
+  _globals['_HANDOFF']._serialized_end=1782
 # @@protoc_insertion_point(module_scope)

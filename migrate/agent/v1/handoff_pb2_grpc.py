@@ -40,6 +40,11 @@ class HandoffStub(object):
                 request_serializer=tcpmig_dot_v1_dot_handoff__pb2.TransferRequest.SerializeToString,
                 response_deserializer=tcpmig_dot_v1_dot_handoff__pb2.TransferResponse.FromString,
                 _registered_method=True)
+        self.Forward = channel.unary_unary(
+                '/tcpmig.v1.Handoff/Forward',
+                request_serializer=tcpmig_dot_v1_dot_handoff__pb2.ForwardRequest.SerializeToString,
+                response_deserializer=tcpmig_dot_v1_dot_handoff__pb2.ForwardResponse.FromString,
+                _registered_method=True)
 
 
 class HandoffServicer(object):
@@ -55,6 +60,14 @@ class HandoffServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Forward(self, request, context):
+        """Says that connections live at the caller's, while their address is, or will be, at the called host: forward them to the
+        caller. Those that live at the called host are passed over, and a handoff to it ends the forwarding.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HandoffServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +75,11 @@ def add_HandoffServicer_to_server(servicer, server):
                     servicer.Transfer,
                     request_deserializer=tcpmig_dot_v1_dot_handoff__pb2.TransferRequest.FromString,
                     response_serializer=tcpmig_dot_v1_dot_handoff__pb2.TransferResponse.SerializeToString,
+            ),
+            'Forward': grpc.unary_unary_rpc_method_handler(
+                    servicer.Forward,
+                    request_deserializer=tcpmig_dot_v1_dot_handoff__pb2.ForwardRequest.FromString,
+                    response_serializer=tcpmig_dot_v1_dot_handoff__pb2.ForwardResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +110,33 @@ class Handoff(object):
             '/tcpmig.v1.Handoff/Transfer',
             tcpmig_dot_v1_dot_handoff__pb2.TransferRequest.SerializeToString,
             tcpmig_dot_v1_dot_handoff__pb2.TransferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forward(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tcpmig.v1.Handoff/Forward',
+            tcpmig_dot_v1_dot_handoff__pb2.ForwardRequest.SerializeToString,
+            tcpmig_dot_v1_dot_handoff__pb2.ForwardResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,10 @@ class HandoffStub:
     after it, the messages of one batch follow each other as docs/handoff.md says, those of different batches in any order.
     The end of the stream decides nothing: the source asks again over a new one (Query) until it has an answer.
     """
+    Forward: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.ForwardRequest, _handoff_pb2.ForwardResponse]
+    """Says that connections live at the caller's, while their address is, or will be, at the called host: forward them to the
+    caller. Those that live at the called host are passed over, and a handoff to it ends the forwarding.
+    """
 
 @_typing.type_check_only
 class HandoffAsyncStub(HandoffStub):
@@ -48,6 +52,10 @@ class HandoffAsyncStub(HandoffStub):
     """Carries any number of batches, side by side. The source is the client. The first message in each direction is a Hello;
     after it, the messages of one batch follow each other as docs/handoff.md says, those of different batches in any order.
     The end of the stream decides nothing: the source asks again over a new one (Query) until it has an answer.
+    """
+    Forward: _aio.UnaryUnaryMultiCallable[_handoff_pb2.ForwardRequest, _handoff_pb2.ForwardResponse]  # type: ignore[assignment]
+    """Says that connections live at the caller's, while their address is, or will be, at the called host: forward them to the
+    caller. Those that live at the called host are passed over, and a handoff to it ends the forwarding.
     """
 
 class HandoffServicer(metaclass=_abc_1.ABCMeta):
@@ -62,6 +70,16 @@ class HandoffServicer(metaclass=_abc_1.ABCMeta):
         """Carries any number of batches, side by side. The source is the client. The first message in each direction is a Hello;
         after it, the messages of one batch follow each other as docs/handoff.md says, those of different batches in any order.
         The end of the stream decides nothing: the source asks again over a new one (Query) until it has an answer.
+        """
+
+    @_abc_1.abstractmethod
+    def Forward(
+        self,
+        request: _handoff_pb2.ForwardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_handoff_pb2.ForwardResponse, _abc.Awaitable[_handoff_pb2.ForwardResponse]]:
+        """Says that connections live at the caller's, while their address is, or will be, at the called host: forward them to the
+        caller. Those that live at the called host are passed over, and a handoff to it ends the forwarding.
         """
 
 def add_HandoffServicer_to_server(servicer: HandoffServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -265,6 +265,7 @@ class Steering(_message.Message):
     FORWARD_FIELD_NUMBER: _builtins.int
     DIRECTOR_FIELD_NUMBER: _builtins.int
     SCRIPT_FIELD_NUMBER: _builtins.int
+    FOLLOW_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def vip(self) -> Global___SteerVip:
         """The whole local address moves to the destination."""
@@ -281,6 +282,10 @@ class Steering(_message.Message):
     def script(self) -> Global___SteerScript:
         """A program of the user's is run."""
 
+    @_builtins.property
+    def follow(self) -> Global___SteerFollow:
+        """The address moves by other means: its new host forwards to the source what has not moved."""
+
     def __init__(
         self,
         *,
@@ -288,12 +293,13 @@ class Steering(_message.Message):
         forward: Global___SteerForward | None = ...,
         director: Global___SteerDirector | None = ...,
         script: Global___SteerScript | None = ...,
+        follow: Global___SteerFollow | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["director", b"director", "forward", b"forward", "how", b"how", "script", b"script", "vip", b"vip"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["director", b"director", "follow", b"follow", "forward", b"forward", "how", b"how", "script", b"script", "vip", b"vip"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["director", b"director", "forward", b"forward", "how", b"how", "script", b"script", "vip", b"vip"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["director", b"director", "follow", b"follow", "forward", b"forward", "how", b"how", "script", b"script", "vip", b"vip"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_how: _TypeAlias = _typing.Literal["vip", "forward", "director", "script"]  # noqa: Y015
+    _WhichOneofReturnType_how: _TypeAlias = _typing.Literal["vip", "forward", "director", "script", "follow"]  # noqa: Y015
     _WhichOneofArgType_how: _TypeAlias = _typing.Literal["how", b"how"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_how) -> _WhichOneofReturnType_how | None: ...
 
@@ -361,6 +367,25 @@ class SteerDirector(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SteerDirector: _TypeAlias = SteerDirector  # noqa: Y015
+
+@_typing.final
+class SteerFollow(_message.Message):
+    """The address is at the destination's host already, or on its way there. Until a connection has moved, and if it cannot, the
+    destination's host forwards its segments to the source's. The selector must name the local address.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SteerFollow: _TypeAlias = SteerFollow  # noqa: Y015
 
 @_typing.final
 class SteerScript(_message.Message):
