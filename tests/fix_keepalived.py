@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,7 +115,10 @@ class Node:
                         ip=_like(addresses[0], self.host),
                         peer=_like(addresses[0], peer.host),
                         addresses="\n        ".join(
-                            f"{each}/{64 if ':' in each else 24} dev {self.host.dev}" for each in addresses
+                            f"{each}/64 dev {self.host.dev} preferred_lft 0"
+                            if ":" in each
+                            else f"{each}/24 dev {self.host.dev}"
+                            for each in addresses
                         ),
                     )
                     for number, addresses in enumerate(groups, 51)
@@ -170,9 +174,14 @@ class Node:
     def connections(self) -> int:
         """How many established connections of the addresses live here."""
         return sum(
-            len(self.host.run(["ss", "-Htn", "state", "established", "src", each]).stdout.splitlines())
+            len(self.host.run(["ss", "-Htn", "state", "established", "src", f"[{each}]"]).stdout.splitlines())
             for each in self.addresses
         )
+
+    def rests(self) -> bool:
+        """Whether the notify program thinks that all of the first address is where it belongs."""
+        said = re.findall(rf"^{self.addresses[0]} (has come|has left|rests)", self.log.read_text(), re.MULTILINE)
+        return said[-1:] == ["rests"]
 
     def check(self) -> tuple[int, str]:
         """What the check program gives for the first address, and what it says."""

@@ -101,6 +101,7 @@ class Follower:
         elif now - self._since > (self._grace if here else SETTLE):
             (floating.unguard if here else floating.tidy)()
             self._lost = self._busy = False
+            self._output.say(f"{floating.text} rests {'here' if here else 'elsewhere'}")
 
 
 def follow(

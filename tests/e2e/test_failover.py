@@ -147,7 +147,9 @@ def test_planned_switch_and_back(scenes: Scenes, form: str) -> None:
             assert done.objects[-1]["switched"]
             scene.moved(here, there)
             assert here.guarded()
-            until(there.unguarded, what="the grace time ends")
+            for node in (here, there):
+                until(node.rests, what="the grace time ends")
+            assert there.unguarded()
         # All have come to b. Without an agent at a nothing moves any more, and the address stays with them.
         scene.a.agent.kill()
         assert scene.b.failover().code in (1, 3)
