@@ -14,7 +14,7 @@ from migrate.fourtuple import parse_endpoint
 from migrate.relocate import LocalMap
 from migrate.selection import Selector
 from tests.balancer import BEHIND, Scene, end
-from tests.e2e.test_crash_matrix import Talk
+from  import Talk
 from tests.fix_agents import Agent, Agents
 from tests.fix_netns import LanFactory
 from tests.peers import Peer, digest, echo_server, listen, noise
