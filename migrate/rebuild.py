@@ -6,6 +6,8 @@ but one system call for all. Whatever goes wrong with one is tried again by itse
 
 from __future__ import annotations
 
+import itertools
+import operator
 import socket
 from collections.abc import Iterable, Sequence
 
@@ -31,6 +33,7 @@ _FEW = 8  # connections for which getting ready is not worth its time
 _ESTABLISHED = int(TcpState.ESTABLISHED)
 _INET, _INET6, _STREAM = int(socket.AF_INET), int(socket.AF_INET6), int(socket.SOCK_STREAM)
 _TCP = int(socket.IPPROTO_TCP)
+_OF_WINDOWS = {"SO_RCVBUF", "SO_RCVLOWAT", "TCP_WINDOW_CLAMP"}
 
 Results = list[Restored | Error]
 
@@ -79,16 +82,18 @@ def _some(together: batch.Batch, defaults: Defaults, records: Sequence[Ici]) -> 
         for place, record in enumerate(records):
             if record.state != _ESTABLISHED or record.urgent >= 0:
                 continue
-            if record.options and options.due(record.options, options.Phase.BEFORE_CONNECT):
+            if record.options and options.flowinfo(record.options):  # connect() takes it
                 continue
             sock = Restored(_INET if record.family == 4 else _INET6, _STREAM, _TCP)
             sock.record, sock.unset = record, []
             socks.append(sock)
             _put(together, len(places), record)
             places.append(place)
-        _set_options(together, socks, options.Phase.BEFORE_BIND)
+        groups = _groups(socks)
+        _set_options(together, groups, options.Phase.BEFORE_BIND)
         descriptors = [sock.fileno() for sock in socks]
         if together.begin(descriptors) is None:  # else no connect(): it would begin a handshake
+            _set_options(together, groups, options.Phase.BEFORE_CONNECT)
             failed = together.connect(descriptors)
             for number, (place, sock) in enumerate(zip(places, socks, strict=True)):
                 if failed and (number in failed or -1 in failed):
@@ -97,7 +102,8 @@ def _some(together: batch.Batch, defaults: Defaults, records: Sequence[Ici]) -> 
                 easy = not (record.options or record.received or record.sent) and _usual(record, defaults)
                 if easy or _finish(defaults, sock, record):
                     results[place] = sock
-            _complete(together, [sock for sock in results if isinstance(sock, Restored)])
+            _set_options(together, groups, options.Phase.IN_REPAIR)
+            _set_windows(sock for sock in results if isinstance(sock, Restored))
     except (Error, OSError):
         results = [None] * len(records)  # one by one they say why
     if None not in results:
@@ -158,29 +164,33 @@ def _finish(defaults: Defaults, sock: Restored, ici: Ici) -> bool:
     return True
 
 
-def _complete(together: batch.Batch, socks: Sequence[Restored]) -> None:
-    """The options of silent sockets, then the windows once more where they may have changed."""
-    _set_options(together, socks, options.Phase.IN_REPAIR)
+def _set_windows(socks: Iterable[Restored]) -> None:
+    """Once more, where what came after may have changed them."""
     for sock in socks:
         ici = sock.record
         assert ici is not None
-        if ici.received or ici.sent or (ici.options and options.due(ici.options, options.Phase.IN_REPAIR)):
+        if ici.received or ici.sent or not _OF_WINDOWS.isdisjoint(ici.options):
             sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup))
 
 
-def _set_options(together: batch.Batch, socks: Sequence[Restored], phase: options.Phase) -> None:
-    """As options.apply() on each; those that get the same options get them together."""
-    groups: dict[tuple[tuple[str, options.Value], ...], list[Restored]] = {}
-    for sock in socks:
-        if sock.record is not None and sock.record.options:
-            groups.setdefault(tuple(sock.record.options.items()), []).append(sock)
-    for items, those in groups.items():
-        calls = options.calls(items, phase) if len(those) >= _FEW else None
-        failed: batch.Failures = dict.fromkeys(range(len(those)), 0)
-        if calls is not None:
-            failed = together.set_options([sock.fileno() for sock in those], calls)
-        for place in range(len(those)) if failed and -1 in failed else failed or ():
-            those[place].unset += options.apply(those[place], dict(items), phase)
+def _groups(socks: Iterable[Restored]) -> list[tuple[dict[str, options.Value], list[Restored]]]:
+    """Those in a row that get the same options, of those that get any."""
+    of = ((sock.record.options, sock) for sock in socks if sock.record is not None and sock.record.options)
+    return [(chosen, [sock for _, sock in row]) for chosen, row in itertools.groupby(of, key=operator.itemgetter(0))]
+
+
+def _set_options(
+    together: batch.Batch, groups: Sequence[tuple[dict[str, options.Value], list[Restored]]], phase: options.Phase
+) -> None:
+    """As options.apply() on each."""
+    for chosen, socks in groups:
+        calls, rest = options.calls(chosen, phase)
+        failed = (calls and together.set_options([sock.fileno() for sock in socks], calls)) or {}
+        if not (failed or rest):
+            continue
+        for place, sock in enumerate(socks):
+            again = chosen if place in failed or -1 in failed else rest
+            sock.unset += options.apply(sock, again, phase)
 
 
 def _one(defaults: Defaults, record: Ici) -> Restored | Error:
@@ -197,7 +207,7 @@ def _speak(together: batch.Batch, plain: Sequence[tuple[Restored, Ici]]) -> list
     if failed:
         return [_activate(sock) for sock, _ in plain]
     try:
-        _set_options(together, [sock for sock, _ in plain], options.Phase.AFTER_REPAIR)
+        _set_options(together, _groups(sock for sock, _ in plain), options.Phase.AFTER_REPAIR)
     except Error as error:
         return [error] * len(plain)
     results: list[Error | None] = []

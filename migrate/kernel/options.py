@@ -248,21 +248,26 @@ def due(options: Mapping[str, Value], phase: Phase) -> bool:
     return any(_schedule(tuple(options))[phase])
 
 
-@functools.lru_cache(maxsize=1024)
-def calls(options: tuple[tuple[str, Value], ...], phase: Phase) -> tuple[tuple[int, int, bytes], ...] | None:
-    """The setsockopt calls (level, number, value) that `apply` makes; None where it does anything else as well."""
-    values = dict(options)
-    steps, unknown = _schedule(tuple(values))[phase]
+def calls(options: Mapping[str, Value], phase: Phase) -> tuple[tuple[tuple[int, int, bytes], ...], dict[str, Value]]:
+    """What `apply` does at that moment by setsockopt alone (level, number, value), and the options that need more."""
+    steps, unknown = _schedule(tuple(options))[phase]
     made: list[tuple[int, int, bytes]] = []
-    for step in steps:
+    rest = {name: options[name] for name in unknown}
+    sized = any(name in _SIZES for name, *_ in steps)
+    for name, level, number, _other in steps:
+        value = options.get(name, 0)
+        if name == "SO_BUF_LOCK" and sized:  # comes after the sizes, which need more
+            rest[name] = value
+            continue
         try:
-            value = option_values.raw(BY_NAME[step.name], values.get(step.name, 0))
+            raw = option_values.raw(BY_NAME[name], value)
         except (TypeError, ValueError, OverflowError, struct.error):
-            return None
-        if value is None:
-            return None
-        made.append((step.level, step.number, value))
-    return None if unknown else tuple(made)
+            raw = None
+        if raw is None:
+            rest[name] = value
+        else:
+            made.append((level, number, raw))
+    return tuple(made), rest
 
 
 class _Step(NamedTuple):
