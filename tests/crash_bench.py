@@ -171,12 +171,13 @@ class Bench:
         over = look = 0.0
         while True:
             self.attend(case)
+            busy = bool(self.running)
             self.running = [script for script in self.running if next(script, self) is None]
             for talk in self.talks:
                 talk.say()
             now = time.monotonic()
             assert now < deadline, f"never over; {self.rest()}"
-            if self.running or self.waiting():
+            if busy or self.waiting():
                 over, look = now, now + 0.1
             elif now > look:
                 look = now + 0.1
@@ -241,17 +242,21 @@ class Bench:
 
     def _abort(self, agent: Agent) -> None:
         (move,) = re.findall(r'event="move started" move=(\w+)', self.said())[-1:]
-
-        def work() -> None:
-            with contextlib.suppress(Error), Client(f"unix:{self.a.socket}") as client:
-                client.abort(move)
-
-        threading.Thread(target=work, daemon=True).start()
+        self.ask(self.a, lambda client: client.abort(move))
 
     def _settle(self, agent: Agent, verdict: str, who: str = "source") -> None:
         (batch,) = re.findall(r"event=step batch=(\w+)", self.said())[-1:]
-        with contextlib.suppress(Error), Client(f"unix:{(self.a if who == 'source' else self.b).socket}") as client:
-            client.settle(batch, committed=verdict == "there")
+        asked = self.a if who == "source" else self.b
+        self.ask(asked, lambda client: client.settle(batch, committed=verdict == "there"))
+
+    def ask(self, agent: Agent, call: Callable[[Client], object]) -> None:
+        """Call the agent and do not wait: it may stand still."""
+
+        def work() -> None:
+            with contextlib.suppress(Error), Client(f"unix:{agent.socket}") as client:
+                call(client)
+
+        threading.Thread(target=work, daemon=True).start()
 
     def _lock(self, agent: Agent, what: str) -> None:
         file = self.directory / "registry.db" if what == "registry" else agent.directory / "state" / "journal.db"

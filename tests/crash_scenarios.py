@@ -52,13 +52,19 @@ SCENARIOS = [
     Scenario("none can be rebuilt", {RESTORE: "occupy all, go, until destination:RESTORING:RESTORED_NONE, vacate"}),
     Scenario("one cannot be rebuilt", {RESTORE: "occupy one, go, until destination:RESTORING:RESTORED, vacate"}),
     Scenario("dies RESTORING", {"destination:PREPARED:OFFER:RestoreSilent": "kill, start"}),
-    Scenario("gone before it commits", {RESTORE: "kill, until source:OFFERED:LINK_LOST, settle here, start"}),
+    Scenario(
+        "gone before it commits",
+        {RESTORE: "kill, until source:OFFERED:LINK_LOST, settle here, until source:DOUBT:RESOLVED_HERE, start"},
+    ),
     # It decides.
     Scenario("slow to claim", {CLAIM: "until source:OFFERED:TIMEOUT, go"}),
     Scenario("COMMITTING cannot be written", {"destination:RESTORING:RESTORED:WriteJournal": "fail"}),
     Scenario("dies COMMITTING", {CLAIM: "kill, start"}),
     Scenario("dies when it has claimed", {"destination:RESTORING:RESTORED": "kill, start"}, registry=True),
-    Scenario("gone when it has claimed", {CLAIMED: "kill, until source:OFFERED:LINK_LOST, settle there, start"}),
+    Scenario(
+        "gone when it has claimed",
+        {CLAIMED: "kill, until source:OFFERED:LINK_LOST, settle there, until source:DOUBT:RESOLVED_THERE, start"},
+    ),
     Scenario("dies COMMITTED", {"destination:COMMITTING:WON:Adopt": "kill, start"}),
     Scenario("the source claims", {CLAIM: "until source:CLAIMING:WON, go"}, registry=True),
     Scenario("the source claims too late", {CLAIMED: "until source:CLAIMING:LOST, go"}, registry=True),
@@ -110,7 +116,7 @@ SCENARIOS = [
     ),
     Scenario(
         "gone, and settled here",
-        {CLAIM: "kill, until source:CLAIMING:WON, settle here, start"},
+        {CLAIM: "kill, until source:CLAIMING:WON, settle here, until source:SETTLING:RESOLVED_HERE, start"},
         registry=True,
         claims_stay=True,
     ),
@@ -134,7 +140,7 @@ SCENARIOS = [
         "gone RELEASED",
         {
             "source:OFFERED:COMMITTED:SendKept": "kill, until destination:COMMITTED:LINK_LOST, "
-            "settle there destination, start"
+            "settle there destination, until destination:ACTIVE:RESOLVED, start"
         },
     ),
     Scenario("slow to activate", {REPLAY: "until source:RELEASED:TIMEOUT, go"}),
@@ -143,7 +149,9 @@ SCENARIOS = [
     Scenario("dies SERVING", {"destination:COMMITTED:RELEASED:LiftHold": "kill, start"}),
     Scenario(
         "gone before it says that they run",
-        {"destination:COMMITTED:RELEASED:Activated": "kill, until source:RELEASED:LINK_LOST, settle there, start"},
+        {
+            "destination:COMMITTED:RELEASED:Activated": "kill, until source:RELEASED:LINK_LOST, settle there, until source:RELEASED:RESOLVED_THERE, start"
+        },
     ),
     # They run there.
     Scenario("late segments", {RELEASE: "pin, go, until destination:SERVING:RELEASED, unpin"}),

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import itertools
 import os
 import queue
 import threading
@@ -29,6 +31,7 @@ from tests.fix_agents import Runner
 from tests.quick_agent import QuickAgents
 
 BENCHES = 8
+ATTEMPTS = 3  # a busy machine may miss a point that depends on time
 SAMPLE = 24  # cases of the whole matrix in a run of the suite
 TABLES = {machine.role: list(crash_points(machine)) for machine in (SourceHandoff, DestinationHandoff)}
 TRANSITIONS = [point for points in TABLES.values() for point in points if point.count(":") == 2]
@@ -109,19 +112,18 @@ def played(matrix: Matrix, request: pytest.FixtureRequest) -> list[Case]:
     return cases
 
 
-def cases_of(played: Sequence[Case]) -> Iterator[Case]:
-    """The whole matrix: the first scenario that passes a transition is the way to it."""
-    for role, points in TABLES.items():
+def aims_of(played: Sequence[Case]) -> Iterator[list[Case]]:
+    """The whole matrix: each point and fate, with every scenario that leads there; first those that wait for it."""
+    for points in TABLES.values():
         for point in points:
             transition = ":".join(point.split(":")[:3])
             ways = [
                 each.scenario for each in played if transition in each.passed and point not in each.scenario.scripts
             ]
-            if ways:
-                for fate in FATES if point == transition else ("kill",):
-                    yield Case(ways[0], point, fate)
-            else:
-                assert role and (transition in UNREACHABLE or any(point in each.scenario.scripts for each in played))
+            ways.sort(key=lambda way: bool(way.scripts) and transition not in " ".join(way.scripts.values()))
+            for fate in FATES if point == transition else ("kill",):
+                if ways:
+                    yield [Case(way, point, fate) for way in ways]
 
 
 def test_scenarios_pass_every_transition(played: list[Case]) -> None:
@@ -131,16 +133,22 @@ def test_scenarios_pass_every_transition(played: list[Case]) -> None:
 
 
 def test_a_fault_at_every_point(matrix: Matrix, played: list[Case]) -> None:
-    cases = list(cases_of(played))
+    aims = list(aims_of(played))
     if PART:
         part, parts = map(int, PART.split("/"))
-        chosen = cases[part - 1 :: parts]
+        chosen = aims[part - 1 :: parts]
     else:
-        usual = [case for case in cases if not case.scenario.scripts and case.fate == "kill"]
-        others = [case for case in cases if case not in usual]
+        usual = [ways for ways in aims if not ways[0].scenario.scripts and ways[0].fate == "kill"]
+        others = [ways for ways in aims if ways not in usual]
         step = max(1, len(others) // SAMPLE)
         chosen = usual + others[time.time_ns() // 86400_000_000_000 % step :: step]
-    matrix.play(chosen)
-    reached = collections.Counter((case.fate, case.reached) for case in chosen)
-    print(f"{len(chosen)} of {len(cases)} cases:", dict(reached))
-    assert [case.point for case in chosen if not case.reached and case.point.rpartition(":")[2] not in SPARED] == []
+    reached: collections.Counter[str] = collections.Counter()
+    missed = chosen
+    for number in range(ATTEMPTS):
+        cases = [dataclasses.replace(ways[number % len(ways)]) for ways in missed]
+        matrix.play(cases)
+        reached.update(case.fate for case in cases if case.reached)
+        again = [not case.reached and case.point.rpartition(":")[2] not in SPARED for case in cases]
+        missed = list(itertools.compress(missed, again))
+    print(f"{len(chosen)} of {len(aims)} aims, met:", dict(reached))
+    assert missed == []
