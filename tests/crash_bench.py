@@ -111,6 +111,8 @@ class Bench:
             client = self.net.host("client")
             for agent in (self.a, self.b):
                 agent.log.unlink(missing_ok=True)
+            for file in self.directory.glob("registry.db*"):  # another case's claims may stay
+                file.unlink()
             self.talks = [Conversation(client, self.listeners[0]), Conversation(client, self.listeners[0])]
             self.talks.append(Conversation(client, self.listeners[1]))
             for talk in self.talks:
@@ -367,4 +369,6 @@ class Bench:
 
 def stopped(pid: int) -> bool:
     """SIGSTOP has reached it."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may just have died
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    return False
