@@ -59,14 +59,18 @@ SCENARIOS = [
     # It decides.
     Scenario("slow to claim", {CLAIM: "until source:OFFERED:TIMEOUT, go"}),
     Scenario("COMMITTING cannot be written", {"destination:RESTORING:RESTORED:WriteJournal": "fail"}),
-    Scenario("dies COMMITTING", {CLAIM: "kill, start"}),
+    Scenario("dies COMMITTING", {CLAIM: "kill, start, until source:DOUBT:COMMITTED"}),
     Scenario("dies when it has claimed", {"destination:RESTORING:RESTORED": "kill, start"}, registry=True),
     Scenario(
         "gone when it has claimed",
         {CLAIMED: "kill, until source:OFFERED:LINK_LOST, settle there, until source:DOUBT:RESOLVED_THERE, start"},
     ),
-    Scenario("dies COMMITTED", {"destination:COMMITTING:WON:Adopt": "kill, start"}),
-    Scenario("the source claims", {CLAIM: "until source:CLAIMING:WON, go"}, registry=True),
+    Scenario(
+        "dies COMMITTED", {"destination:COMMITTING:WON:Adopt": "kill, start, until destination:COMMITTED:RESTARTED"}
+    ),
+    Scenario(
+        "the source claims", {CLAIM: "until source:DOUBT:EXHAUSTED, until source:CLAIMING:WON, go"}, registry=True
+    ),
     Scenario("the source claims too late", {CLAIMED: "until source:CLAIMING:LOST, go"}, registry=True),
     Scenario(
         "the source cannot claim",
@@ -122,7 +126,7 @@ SCENARIOS = [
     ),
     # The destination has committed.
     Scenario("slow to release", {RELEASE: "until destination:COMMITTED:TIMEOUT, go"}),
-    Scenario("dies before it releases", {RELEASE: "kill, start"}),
+    Scenario("dies before it releases", {RELEASE: "kill, start, until destination:ACTIVE:QUERY"}),
     Scenario(
         "dies when they are ACTIVE",
         {RELEASE: "until destination:COMMITTED:TIMEOUT, kill, until destination:ACTIVE:LINK_LOST, start"},
@@ -135,7 +139,7 @@ SCENARIOS = [
         },
     ),
     Scenario("RELEASED cannot be written", {RELEASE: "fail"}),
-    Scenario("dies RELEASED", {"source:OFFERED:COMMITTED": "kill, start"}),
+    Scenario("dies RELEASED", {"source:OFFERED:COMMITTED": "kill, start, until source:RELEASED:RESTARTED"}),
     Scenario(
         "gone RELEASED",
         {
@@ -146,17 +150,23 @@ SCENARIOS = [
     Scenario("slow to activate", {REPLAY: "until source:RELEASED:TIMEOUT, go"}),
     Scenario("stopped RELEASED", {REPLAY: "abort, until source:RELEASED:CANCEL, go"}),
     Scenario("dies before it activates", {REPLAY: "kill, start"}),
-    Scenario("dies SERVING", {"destination:COMMITTED:RELEASED:LiftHold": "kill, start"}),
+    Scenario(
+        "dies SERVING", {"destination:COMMITTED:RELEASED:LiftHold": "kill, start, until destination:SERVING:RESTARTED"}
+    ),
     Scenario(
         "gone before it says that they run",
         {
-            "destination:COMMITTED:RELEASED:Activated": "kill, until source:RELEASED:LINK_LOST, settle there, until source:RELEASED:RESOLVED_THERE, start"
+            "destination:COMMITTED:RELEASED:Activated": "kill, until source:RELEASED:LINK_LOST, settle there, "
+            "until source:RELEASED:RESOLVED_THERE, start"
         },
     ),
     # They run there.
     Scenario("late segments", {RELEASE: "pin, go, until destination:SERVING:RELEASED, unpin"}),
-    Scenario("dies LINGERING", {"source:RELEASED:ACTIVATED": "kill, start"}),
-    Scenario("dies before it forgets", {FORGET: "kill, until destination:SERVING:TIMEOUT, start"}),
+    Scenario("dies LINGERING", {"source:RELEASED:ACTIVATED": "kill, until destination:SERVING:LINK_LOST, start"}),
+    Scenario(
+        "dies before it forgets",
+        {FORGET: "kill, until destination:SERVING:TIMEOUT, start, until destination:ABSENT:RELEASED"},
+    ),
     Scenario("LINGERING, and it dies there", {LINGER: "kill other, go, until source:LINGERING:LINK_LOST, start other"}),
     Scenario("stopped LINGERING", {FORGET: "lock journal, abort, go, pause 1, unlock"}),
 ]
