@@ -70,7 +70,6 @@ class Case:
     reached: bool = False
     passed: frozenset[str] = frozenset()  # transitions
     living: str = ""
-    seconds: float = 0.0
     problem: str = ""
 
 

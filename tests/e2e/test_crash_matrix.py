@@ -71,11 +71,15 @@ class Matrix:
                 case.problem = f"{bench.said()}\n{''.join(traceback.format_exception(error))}"
                 bench.close()
                 bench = self._bench()
-            case.seconds = time.monotonic() - began
+            fate = (case.fate if case.reached else "not reached") if case.point else ""
+            said = (
+                f"{case.point:48} {fate:12} {case.scenario.name:36} {case.living:6} {time.monotonic() - began:5.1f} s"
+            )
+            print(f"{said}  {case.problem}", flush=True)
         bench.close()
 
     def play(self, cases: Sequence[Case]) -> None:
-        """All of them; prints what came of each."""
+        """All of them; prints what comes of each."""
         todo: queue.SimpleQueue[Case] = queue.SimpleQueue()
         for case in cases:
             todo.put(case)
@@ -84,10 +88,6 @@ class Matrix:
             thread.start()
         for thread in threads:
             thread.join()
-        for case in cases:
-            fate = (case.fate if case.reached else "not reached") if case.point else ""
-            said = f"{case.point:48} {fate:12} {case.scenario.name:36} {case.living:6} {case.seconds:5.1f} s"
-            print(said, case.problem, sep="  ")
         assert not [case for case in cases if case.problem]
 
 
