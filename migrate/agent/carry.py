@@ -15,7 +15,7 @@ import msgspec
 
 from migrate.errors import from_oserror
 from migrate.kernel.diag import SockDiag
-from migrate.kernel.link import Links
+from migrate.kernel.link import AddressWatch, Links
 
 __all__ = ["Carrier"]
 
@@ -29,8 +29,9 @@ class Carrier:
     def __init__(self, file: Path) -> None:
         """``file`` remembers what was added, also for the next agent."""
         self._file = file
+        self._watch = AddressWatch()  # before the first look
         self._links = Links()
-        self._here: set[bytes] = set()  # addresses that this host is known to have
+        self._here: set[bytes] = set()  # addresses that this host is known to have, as long as none changes
         try:
             self._ours: set[bytes] = set(msgspec.msgpack.decode(file.read_bytes(), type=list[bytes]))
         except (FileNotFoundError, msgspec.MsgspecError):
@@ -38,15 +39,17 @@ class Carrier:
 
     def close(self) -> None:
         """What is carried is carried on."""
+        self._watch.close()
         self._links.close()
 
     def carry(self, addresses: Iterable[bytes]) -> None:
         """Make these packed addresses ones that sockets here can be bound to."""
+        if self._watch.read():
+            self._here.clear()
         wanted = set(addresses) - self._here
-        if not wanted:
-            return
-        self._look()
-        self.also(wanted - self._here)
+        if wanted:
+            self._look()
+            self.also(wanted - self._here)
 
     def also(self, addresses: Iterable[bytes]) -> None:
         """Have them on lo even if a device has them too, which will lose them."""
@@ -55,11 +58,6 @@ class Carrier:
             self._ours.add(address)
             self._write()
             self._links.add_address("lo", address)
-            self._here.add(address)
-
-    def forget(self, addresses: Iterable[bytes]) -> None:
-        """These may have left the host, or come to it, by other ways: look again when they are wanted."""
-        self._here.difference_update(addresses)
 
     def drop_unused(self, wanted: Iterable[bytes] = ()) -> None:
         """Take from lo what we put there, no connection here uses and nobody wants."""
@@ -71,7 +69,6 @@ class Carrier:
         for address in unused - used:
             self._links.remove_address("lo", address)
             self._ours.discard(address)
-            self._here.discard(address)
         self._write()
 
     def _look(self) -> None:

@@ -257,7 +257,6 @@ class Departures(Driver):
         if command.steer.startswith("vip:"):
             staying = {each.local for each in _living(gone)} if batch.machine.refused else set()
             self.host.carrier.also(staying)
-        self.host.carrier.forget({each.local for each in gone})
         self.host.steerer.give(command.steer, gone, owner, self.steered(batch))
         return None
 

@@ -57,6 +57,7 @@ __all__ = ["Settings", "serve"]
 _SWITCH = (
     0.0005  # seconds until another thread may have the interpreter: the engine and the streams wait for each other
 )
+_SWEEP = 60.0  # seconds between two looks for what is forwarded and has ended
 _GRACE = 5.0  # seconds for calls that run when the agent is told to stop
 
 _log = get_logger(__name__)
@@ -158,9 +159,14 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
             holds.collect()
             departures.kept()
 
+        def sweep() -> None:
+            steerer.sweep()
+            engine.later(_SWEEP, sweep)
+
         engine.watch(holds.fileno(), arrived)
         engine.call(bulk.prepare)
         engine.call(partial(recover, host, departures, arrivals))
+        engine.call(sweep)
         engine.start()
         opened.callback(engine.stop)
         opened.push_async_callback(links.close)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from migrate.agent.logging import get_logger
 from migrate.errors import Error, HostError, UsageError
 from migrate.fourtuple import FourTuple
-from migrate.steer.forward import Forward
+from migrate.steer.forward import Forward, forwarding
 from migrate.steer.vip import Vip
 
 __all__ = ["Steerer", "address_of", "check_words"]
@@ -90,6 +90,18 @@ class Steerer:
                 self._forwarding().give(gone, owner)
 
         self._do("giving", words, work, done)
+
+    def sweep(self) -> None:
+        """Forward no longer what has ended elsewhere. To be called now and then."""
+        self._thread.submit(self._sweep)
+
+    def _sweep(self) -> None:
+        try:
+            if self._forward is not None or forwarding():
+                for each in self._forwarding().sweep():
+                    _log.info("forwarded no longer: it has ended", connection=each)
+        except Error as error:
+            _log.warning("what is forwarded could not be swept", why=str(error))
 
     def _do(self, what: str, words: str, work: Callable[[], None], done: Callable[[], None]) -> None:
         def until_done() -> None:

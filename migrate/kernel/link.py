@@ -55,6 +55,10 @@ class AddressWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it; doing so again is harmless."""
         self._socket.close()
 
     def fileno(self) -> int:

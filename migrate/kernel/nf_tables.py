@@ -44,7 +44,8 @@ SET_ELEM_KEY, SET_ELEM_DATA, SET_ELEM_TIMEOUT, SET_ELEM_EXPIRATION = 1, 2, 4, 5
 SET_ELEM_LIST_TABLE, SET_ELEM_LIST_SET, SET_ELEM_LIST_ELEMENTS = 1, 2, 3
 LIST_ELEM, DATA_VALUE, DATA_VERDICT, VERDICT_CODE, EXPR_NAME, EXPR_DATA = 1, 1, 2, 1, 1, 2
 
-SET_MAP, SET_TIMEOUT = 0x8, 0x10  # enum nft_set_flags
+SET_MAP, SET_TIMEOUT, SET_EVAL = 0x8, 0x10, 0x20  # enum nft_set_flags
+DYNSET_UPDATE, DYNSET_DELETE = 1, 2  # enum nft_dynset_ops
 REG_VERDICT = 0  # enum nft_registers
 NETWORK_HEADER, TRANSPORT_HEADER = 1, 2  # enum nft_payload_bases
 META_PROTOCOL, META_MARK, META_NFPROTO, META_L4PROTO = 1, 3, 15, 16  # enum nft_meta_keys
@@ -126,10 +127,19 @@ def del_rules(family: int, table: str, chain: str) -> bytes:
 
 
 def new_set(
-    place: Place, number: int, *, key: tuple[int, int], data: tuple[int, int] | None = None, timeouts: bool = False
+    place: Place,
+    number: int,
+    *,
+    key: tuple[int, int],
+    data: tuple[int, int] | None = None,
+    timeouts: bool = False,
+    dynamic: bool = False,
 ) -> bytes:
-    """A hash set, or with ``data`` a map. ``key`` and ``data`` are (type, bytes); ``number`` is unique in the batch."""
-    flags = (SET_TIMEOUT if timeouts else 0) | (SET_MAP if data else 0)
+    """A hash set, or with ``data`` a map. ``key`` and ``data`` are (type, bytes); ``number`` is unique in the batch.
+
+    ``dynamic``: rules change it.
+    """
+    flags = (SET_TIMEOUT if timeouts else 0) | (SET_MAP if data else 0) | (SET_EVAL if dynamic else 0)
     body = [text(SET_TABLE, place.table), text(SET_NAME, place.set), u32(SET_FLAGS, flags), u32(SET_ID, number)]
     body += [u32(SET_KEY_TYPE, key[0]), u32(SET_KEY_LEN, key[1])]
     if data:
@@ -213,6 +223,12 @@ def mask(source: int, value: bytes) -> bytes:
 def lookup(name: str, source: int, to: int | None = None) -> bytes:
     """Go on only if the registers' content is in that set; with ``to``, load what the map has for it."""
     return _expression("lookup", text(1, name), u32(2, source), *(() if to is None else (u32(3, to),)))
+
+
+def change_set(name: str, operation: int, source: int, timeout: int = 0) -> bytes:
+    """Add the registers' content to that dynamic set, or begin its ``timeout`` (milliseconds) anew; or take it out."""
+    timed = () if not timeout else (u64(6, timeout),)
+    return _expression("dynset", text(1, name), u32(3, operation), u32(4, source), *timed)
 
 
 def immediate(to: int, value: bytes) -> bytes:

@@ -14,7 +14,7 @@ import itertools
 import re
 import socket
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple, Self
 
 from migrate.errors import Conflict, KernelError, NotFound, UsageError
@@ -31,7 +31,8 @@ HOLD, FORWARD, GUARD = PREFIX + "hold-", PREFIX + "forward-", PREFIX + "guard-"
 PRIORITY_INGRESS = -500  # of several rules at a device: before a load balancer's own
 
 _COMMENT = "tcpmig: hold, NFLOG group "  # and the number: how an adopter finds it
-_FLAGS_OFFSET, _RST = 13, b"\x04"  # in a TCP header
+_FLAGS_OFFSET, _FIN, _SYN, _RST, _ACK = 13, 1, 2, 4, 16  # in a TCP header
+_IDLE, _LINGER = 5 * 86400.0, 600.0  # seconds: what conntrack gives an established connection; and a half-closed one
 _SETS = {True: "held", False: "arriving"}  # by whether departing segments are dropped as well
 
 
@@ -169,6 +170,10 @@ class ForwardTable(Table):
 
     The packet keeps its addresses; its TTL goes down by one. The next host must carry the flow's local address and
     answers the client itself. On a load balancer the table takes single flows out of what its own rules do.
+
+    This host sees one direction only and no socket, so that a connection has ended shows as it does to a load balancer:
+    by the client's FIN or RST, or by nothing for days. Two sets remember it: when a flow's last segment came
+    (``active``, by its elements' timeouts), and whether it was heard to end (``ended``).
     """
 
     family = nf.NFPROTO_NETDEV
@@ -202,6 +207,16 @@ class ForwardTable(Table):
         """What is forwarded: flow, packed address of the neighbour. Raises NotFound if the table is gone."""
         return {four_tuple: hop for ip in VERSIONS for four_tuple, hop, _ in self._elements("flows", ip)}
 
+    def over(self, *, idle: float = _IDLE, linger: float = _LINGER) -> list[FourTuple]:
+        """Flows that have ended: no segment came for ``linger`` seconds and a FIN or RST before, or none for ``idle``.
+
+        Raises NotFound if the table is gone.
+        """
+        self._known = self.entries()
+        ages = {each: _IDLE - left / 1000 for ip in VERSIONS for each, _, left in self._elements("active", ip)}
+        ended = {each for ip in VERSIONS for each, _, _ in self._elements("ended", ip)}
+        return [each for each in self._known if ages.get(each, _IDLE) >= (linger if each in ended else idle)]
+
     def _change(self, come: Mapping[FourTuple, bytes], gone: Collection[FourTuple]) -> None:
         try:
             self._commit(come, gone)
@@ -219,9 +234,13 @@ class ForwardTable(Table):
         requests: list[bytes] = []
         for ip, packed in keys(leaving):
             requests += nf.delete_elements(self._place("flows", ip), packed)
+            for name in ("active", "ended"):  # first added, because what is not there cannot be deleted
+                requests += nf.add_elements(self._place(name, ip), packed)
+                requests += nf.delete_elements(self._place(name, ip), packed)
         for ip, packed in keys(come):
             hops = [hop for hop in come.values() if len(hop) == ip.size]
             requests += nf.add_elements(self._place("flows", ip), packed, data=hops)
+            requests += nf.add_elements(self._place("active", ip), packed, timeout=_milliseconds(_IDLE))
         if requests:
             self._netfilter.commit(f"forwarding in table {self.name}", requests)
         for each in leaving:
@@ -234,10 +253,13 @@ class ForwardTable(Table):
         for number, ip in enumerate(VERSIONS, 1):
             place = self._place("flows", ip)
             requests.append(nf.new_set(place, number, key=ip.key_type, data=(ip.type, ip.size)))
+        for number, (each, ip) in enumerate(itertools.product(("active", "ended"), VERSIONS), 1 + len(VERSIONS)):
+            requests.append(nf.new_set(self._place(each, ip), number, key=ip.key_type, timeouts=True, dynamic=True))
         # The rules are made anew each time: a device that went and came back has another index, or no chain any more.
         hook = nf.new_chain(family, name, chain, hook=nf.NF_NETDEV_INGRESS, priority=PRIORITY_INGRESS, device=device)
         requests += hook, nf.del_rules(family, name, chain)
         for ip in VERSIONS:
+            requests += [nf.new_rule(family, name, chain, *only_tcp(family, ip), *each) for each in self._marks(ip)]
             expressions = (
                 *only_tcp(family, ip),
                 *load_key(ip, arriving=True),
@@ -247,6 +269,19 @@ class ForwardTable(Table):
             )
             requests.append(nf.new_rule(family, name, chain, *expressions))
         return requests
+
+    def _marks(self, ip: Ip) -> Iterator[list[bytes]]:
+        # What is remembered of a forwarded segment. A SYN begins another connection with the same numbers.
+        key, rest = nf.register(0), nf.register(12)
+        active, ended = self._place("active", ip).set, self._place("ended", ip).set
+        flow = [*load_key(ip, arriving=True), nf.lookup(self._place("flows", ip).set, key, rest)]
+        age = _milliseconds(_IDLE)
+        yield [*flow, nf.change_set(active, nf.DYNSET_UPDATE, key, age)]
+        ends = nf.compare(key, bytes(1), nf.CMP_NEQ)
+        yield [*_flags(_FIN | _RST), ends, *flow, nf.change_set(ended, nf.DYNSET_UPDATE, key, age)]
+        begins = nf.compare(key, bytes((_SYN,)))
+        again = *load_key(ip, arriving=True), nf.lookup(ended, key)
+        yield [*_flags(_SYN | _ACK), begins, *again, nf.change_set(ended, nf.DYNSET_DELETE, key)]
 
 
 class GuardTable(Table):
@@ -269,8 +304,7 @@ class GuardTable(Table):
         if port is not None:
             match.append(nf.payload(nf.TRANSPORT_HEADER, 0, 2, nf.register(0)))
             match.append(nf.compare(nf.register(0), port.to_bytes(2)))
-        match.append(nf.payload(nf.TRANSPORT_HEADER, _FLAGS_OFFSET, 1, nf.register(0)))
-        match.append(nf.mask(nf.register(0), _RST))
+        match += _flags(_RST)
         match.append(nf.compare(nf.register(0), bytes(1), nf.CMP_NEQ))
         shown = socket.inet_ntop(socket.AF_INET if ip.version == 4 else socket.AF_INET6, address)
         self._build(
@@ -301,6 +335,16 @@ def sweep() -> list[str]:
 def _group(comment: str) -> int | None:
     found = re.fullmatch(re.escape(_COMMENT) + r"(\d{1,5})", comment)
     return int(found[1]) if found else None
+
+
+def _flags(chosen: int) -> list[bytes]:
+    """Expressions: those of the TCP header's flags into register 0."""
+    where = nf.register(0)
+    return [nf.payload(nf.TRANSPORT_HEADER, _FLAGS_OFFSET, 1, where), nf.mask(where, bytes((chosen,)))]
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
 
 
 def _index(device: str) -> int:

@@ -13,7 +13,7 @@ from migrate.fourtuple import FourTuple
 from migrate.kernel.nft import ForwardTable, tables
 from migrate.kernel.route import Routes
 
-__all__ = ["Forward"]
+__all__ = ["Forward", "forwarding"]
 
 _PREFIX = "tcpmig-forward-"
 
@@ -61,6 +61,15 @@ class Forward:
         """What is forwarded, and to whom."""
         return {each: owner for table in self._tables.values() for each, owner in table.entries().items()}
 
+    def sweep(self) -> list[FourTuple]:
+        """Forward no longer what has ended, as `ForwardTable.over` knows it; says what that was."""
+        swept = []
+        for table in self._tables.values():
+            over = table.over()
+            table.remove(over)
+            swept += over
+        return swept
+
     def close(self) -> None:
         """Close what is open; what is forwarded is forwarded on."""
         self._opened.close()
@@ -73,6 +82,11 @@ class Forward:
         if (device, via) not in self._tables:
             self._tables[device, via] = self._opened.enter_context(ForwardTable(device, via))
         return self._tables[device, via]
+
+
+def forwarding() -> bool:
+    """Whether this thread's network namespace has anything to forward flows by."""
+    return any(_standing())
 
 
 def _standing() -> Iterator[tuple[str, str]]:

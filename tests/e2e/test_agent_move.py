@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from migrate.agent.client import Client
 from migrate.fourtuple import FourTuple
+from migrate.kernel.nft import ForwardTable
 from migrate.selection import Selector
 from tests.crowd import ADOPTED, SERVE, Crowd
 from tests.fix_agents import Agent, Agents
@@ -153,6 +154,18 @@ def test_a_destination_that_is_not_there(lan: LanFactory, agents: Agents) -> Non
         assert says(client, b"alive")
         assert a.tcpmig("migrate", "10.0.0.100:1,10.0.0.1:2", "--to", "10.0.0.3:7420").code == 1
         assert a.tcpmig("migrate", "--to", "10.0.0.3:7420").code == 2
+
+
+def test_what_ended_elsewhere_is_forwarded_no_longer(lan: LanFactory, agents: Agents) -> None:
+    net = lan("a", "b")
+    host = net.host("a")
+    flow = FourTuple.parse(f"{net.vip4}:80,10.0.0.9:5001")
+    with host.entered(), ForwardTable(host.dev) as table:
+        table.add({flow: socket.inet_aton(net.host("b").ip4)})
+        host.run(["nft", "flush", "set", "netdev", table.name, "active4"])  # as if nothing had come for days
+    a = agents(host)
+    until(functools.partial(forwards_nothing, a), what="the agent sweeps")
+    assert str(flow) in a.log.read_text()
 
 
 def test_drain_at_quiet_points(lan: LanFactory, agents: Agents) -> None:

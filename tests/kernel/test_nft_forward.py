@@ -15,8 +15,10 @@ from migrate.errors import HostError, NotFound, UsageError
 from migrate.fourtuple import FourTuple
 from migrate.kernel import nf_tables
 from migrate.kernel.nft import ForwardTable, tables
+from migrate.steer.forward import Forward
 from tests.fix_netns import Host, Lan, LanFactory, ip
 from tests.kernel.pairs import unprivileged
+from tests.waiting import until
 
 PORT = 80
 FAMILIES = [4, 6]
@@ -139,6 +141,45 @@ def test_a_forwarded_connection_carries_data_both_ways(service: Service) -> None
                 sender.join()
                 assert digest.digest() == hashlib.sha256(data).digest()
     assert wire.rsts == []
+
+
+def test_what_has_ended_shows(service: Service) -> None:
+    flows = {service.flow(port): service.hop("b") for port in (5001, 5002, 5003)}
+    with service.forwarding() as table:
+        table.add(flows)
+        with service.connected(5001, "b") as (here, there), service.connected(5002, "b") as (other, _):
+            assert table.over(linger=0) == []
+            here.shutdown(socket.SHUT_WR)
+            assert there.recv(1) == b""
+            there.sendall(b"half a connection is one")
+            assert here.recv(4) == b"half"
+            assert table.over() == []
+            assert table.over(linger=0) == [service.flow(5001)]
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # it ends with RST
+            assert set(table.over(idle=0, linger=0)) == set(flows)
+        until(lambda: set(table.over(linger=0)) == {service.flow(5001), service.flow(5002)})
+        with service.connected(5002, "b"):  # another connection with the same numbers
+            assert table.over(linger=0) == [service.flow(5001)]
+        table.remove(table.over(linger=0))
+        table.add({service.flow(5001): service.hop("c")})
+        assert service.flow(5001) not in table.over(linger=0), "it remembers the one before"
+
+
+def test_nothing_for_days_is_the_end(service: Service) -> None:
+    with service.forwarding() as table:
+        table.add({service.flow(port): service.hop("b") for port in (5001, 5002)})
+        with service.connected(5001, "b") as (here, there):
+            for ip_version in "46":  # as if the timeouts had run down
+                service.net.host("a").run(["nft", "flush", "set", "netdev", table.name, f"active{ip_version}"])
+            assert set(table.over()) == {service.flow(5001), service.flow(5002)}
+            here.sendall(b"word")
+            assert there.recv(4) == b"word"
+            assert table.over() == [service.flow(5002)]
+            with service.net.host("a").entered(), Forward() as forward:
+                assert forward.sweep() == [service.flow(5002)]
+                assert list(forward.given()) == [service.flow(5001)]
+            here.sendall(b"word")
+            assert there.recv(4) == b"word"
 
 
 def test_several_may_change_the_table(service: Service) -> None:
