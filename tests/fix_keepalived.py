@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -177,11 +176,6 @@ class Node:
             len(self.host.run(["ss", "-Htn", "state", "established", "src", f"[{each}]"]).stdout.splitlines())
             for each in self.addresses
         )
-
-    def rests(self) -> bool:
-        """Whether the notify program thinks that all of the first address is where it belongs."""
-        said = re.findall(rf"^{self.addresses[0]} (has come|has left|rests)", self.log.read_text(), re.MULTILINE)
-        return said[-1:] == ["rests"]
 
     def check(self) -> tuple[int, str]:
         """What the check program gives for the first address, and what it says."""

@@ -27,7 +27,8 @@ __all__ = ["Follower", "follow"]
 
 TICK = 0.2  # seconds between two looks while something is going on
 IDLE = 2.0  # and else, should the kernel's word be lost
-SETTLE = 2.0  # seconds without a connection here until all are taken to have left
+SETTLE = 2.0  # seconds after the last connection has left until segments for it are taken to be over
+LATE = 15.0  # seconds that connections may be here before their address
 SLOWEST = 10.0  # seconds between two attempts to move what stays
 ENDING = 20.0  # seconds after keepalived's end in which the address may leave, and what follows it
 
@@ -92,16 +93,25 @@ class Follower:
         if not self._busy:
             return
         now = time.monotonic()
-        # What comes to a standby by a planned switch is no concern of ours.
-        if self._lost and floating.left(handshakes=True):
-            self._since = now
-            if now >= self._next:
+        if here:
+            if now - self._since > self._grace:
+                floating.unguard()
+                self._rest("here")
+        elif floating.left(handshakes=True):
+            # What came when all had left: its address may come after it, by a planned switch or a flapping peer.
+            self._lost |= self._deadline is not None or now - self._since > LATE
+            if self._lost and now >= self._next:
                 self._pause, self._next = min(2 * self._pause, SLOWEST), now + self._pause
                 floating.sweep(self._output, behind=True)
-        elif now - self._since > (self._grace if here else SETTLE):
-            (floating.unguard if here else floating.tidy)()
-            self._lost = self._busy = False
-            self._output.say(f"{floating.text} rests {'here' if here else 'elsewhere'}")
+        elif self._lost:
+            self._lost, self._since = False, now
+        elif now - self._since > SETTLE:
+            floating.tidy()
+            self._rest("elsewhere")
+
+    def _rest(self, where: str) -> None:
+        self._busy = False
+        self._output.say(f"{self._floating.text} rests {where}")
 
 
 def follow(
