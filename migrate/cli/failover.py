@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,22 +73,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, output: Output) -> int:
     """Switch, or follow."""
-    from migrate.agent.client import Client
-
     if not 0 <= arguments.when_quiet <= 86400:
         raise UsageError("--when-quiet takes between 0 and 86400 seconds")
-    run_dir = Path(arguments.run_dir)
+    if arguments.follow:
+        return _follow(arguments, output)
+    with _opened(arguments) as floatings:
+        return _switch(floatings, output, first=arguments.first, timeout=arguments.timeout)
+
+
+@contextlib.contextmanager
+def _opened(arguments: argparse.Namespace) -> Iterator[list[Floating]]:
+    from migrate.agent.client import Client
+
     with contextlib.ExitStack() as opened:
         agent = opened.enter_context(Client(f"unix:{arguments.socket}"))
-        floatings = [
+        yield [
             opened.enter_context(
-                Floating(each, _towards(each, arguments.to), agent, run_dir, quiet=arguments.when_quiet or None)
+                Floating(
+                    each,
+                    _towards(each, arguments.to),
+                    agent,
+                    Path(arguments.run_dir),
+                    quiet=arguments.when_quiet or None,
+                )
             )
             for each in dict.fromkeys(arguments.address)
         ]
-        if arguments.follow:
-            return _follow(floatings, arguments.follow, output, run_dir=run_dir, grace=arguments.grace)
-        return _switch(floatings, output, first=arguments.first, timeout=arguments.timeout)
 
 
 def _towards(address: str, agents: Sequence[str]) -> str:
@@ -95,31 +107,41 @@ def _towards(address: str, agents: Sequence[str]) -> str:
     return next((each for each in agents if (":" in each.rpartition(":")[0]) is version6), agents[0])
 
 
-def _follow(floatings: Sequence[Floating], words: Sequence[str], output: Output, *, run_dir: Path, grace: float) -> int:
-    keepalived = os.getppid()  # whose program we are
-    if len(words) == 1:
-        with _ended(keepalived) as ended:
-            follow(floatings, ended, output, fifo=words[0], late=False, grace=grace)
-        return 0
-    if len(words) != 4 or words[2] not in _STATES:
+def _follow(arguments: argparse.Namespace, output: Output) -> int:
+    words, keepalived, ourselves = arguments.follow, os.getppid(), os.getpid()
+    if len(words) != 1 and not (len(words) == 4 and words[2] in _STATES):
         raise UsageError(
             f"{' '.join(words)!r} is nothing that keepalived says",
             hint="--follow FIFO, or --follow INSTANCE NAME MASTER|BACKUP|FAULT|STOP PRIORITY",
         )
-    output.say(f"keepalived: {' '.join(words)}")
-    resident = Resident(run_dir, floatings[0].text)
-    if words[2] != "STOP":
-        resident.serve(keepalived)
-    served = None
-    while True:
-        with resident.taken() as ours:
-            # Another one may have been started before the place was free.
-            if not ours or served == resident.served():
-                return 0
-            served = resident.served()
-            with _ended(served) as ended:
-                # A busy host takes seconds to begin this process.
-                follow(floatings, ended, output, fifo=None, late=True, grace=grace)
+    # When keepalived ends it kills the process groups of its programs, at first softly and a second later not. What has
+    # been begun takes longer: it is done in a session of its own. Forked before there are threads.
+    if os.fork():
+        if len(words) == 1:  # keepalived would start a FIFO's program again
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            with _ended(keepalived) as ended:
+                select.select([ended], [], [])
+        return 0
+    os.setsid()
+    with _opened(arguments) as floatings:
+        if len(words) == 1:
+            with _ended(ourselves) as ended:
+                follow(floatings, ended, output, fifo=words[0], late=False, grace=arguments.grace)
+            return 0
+        output.say(f"keepalived: {' '.join(words)}")
+        resident = Resident(Path(arguments.run_dir), floatings[0].text)
+        if words[2] != "STOP":
+            resident.serve(keepalived)
+        served = None
+        while True:
+            with resident.taken() as ours:
+                # Another one may have been started before the place was free.
+                if not ours or served == resident.served():
+                    return 0
+                served = resident.served()
+                with _ended(served) as ended:
+                    # A busy host takes seconds to begin this process.
+                    follow(floatings, ended, output, fifo=None, late=True, grace=arguments.grace)
 
 
 @contextlib.contextmanager
