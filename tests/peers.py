@@ -21,8 +21,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from tests.fix_netns import Host
+from tests.waiting import until
 
-__all__ = ["Peer", "connect", "digest", "echo_server", "listen", "noise"]
+__all__ = ["Peer", "Talk", "connect", "digest", "echo_server", "listen", "noise"]
 
 BLOCK = 1 << 16
 
@@ -158,6 +159,43 @@ class Peer:
             state.update(memoryview(buffer)[:got])
             self.received += got
         self.received_digest = state.hexdigest()
+
+
+class Talk(threading.Thread):
+    """A client of an echo server that says a number, hears it, and says the next, until it is ``over``."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(daemon=True)
+        self.sock = sock
+        self.heard = 0
+        self.error: BaseException | None = None
+        self.over = False
+        sock.settimeout(30)
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while not self.over:
+                word = b"%012d" % self.heard
+                self.sock.sendall(word)
+                got = b""
+                while len(got) < len(word):
+                    part = self.sock.recv(len(word) - len(got))
+                    assert part, "the connection was closed"
+                    got += part
+                assert got == word, (got, word)
+                self.heard += 1
+                time.sleep(0.001)
+        except BaseException as error:
+            self.error = error
+
+    def goes_on(self) -> bool:
+        """It heard something since it was asked."""
+        before = self.heard
+        until(lambda: self.heard > before + 1 or self.error, within=15, what="the client hears its words")
+        if self.error:
+            raise self.error
+        return True
 
 
 @contextlib.contextmanager

@@ -14,10 +14,9 @@ from migrate.fourtuple import parse_endpoint
 from migrate.relocate import LocalMap
 from migrate.selection import Selector
 from tests.balancer import BEHIND, Scene, end
-from  import Talk
 from tests.fix_agents import Agent, Agents
 from tests.fix_netns import LanFactory
-from tests.peers import Peer, digest, echo_server, listen, noise
+from tests.peers import Peer, Talk, digest, echo_server, listen, noise
 from tests.waiting import until
 
 SIZE = 2 << 20

@@ -60,6 +60,7 @@ def row(
         steer="forward",
         shared=True,
         journal="other",
+        source="10.0.0.2:40123",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -44,6 +46,19 @@ def test_epochs_are_claimed_apart(tmp_path: Path) -> None:
         registry.unclaim([later])
         assert registry.claim([first], "b") == {first.id}
         assert registry.claim([later], "a") == frozenset()
+
+
+def test_one_that_is_locked_can_be_opened(tmp_path: Path) -> None:
+    (first,) = connections(1)
+    with SqliteRegistry(tmp_path / "owners") as registry, contextlib.ExitStack() as locked:
+        holder = locked.enter_context(contextlib.closing(sqlite3.connect(tmp_path / "owners", isolation_level=None)))
+        holder.execute("BEGIN IMMEDIATE")
+        with SqliteRegistry(tmp_path / "owners") as late:
+            assert late.identity == registry.identity
+            with pytest.raises(HostError, match="locked"):
+                late.claim([first], "a")
+            locked.close()
+            assert late.claim([first], "a") == frozenset()
 
 
 def test_unclaiming_what_nobody_has_is_harmless(tmp_path: Path) -> None:
