@@ -128,12 +128,17 @@ class Hold:
                 self._table.reload()
         return self._table.members
 
-    def add(self, tuples: Iterable[FourTuple], *, outgoing: bool = True) -> None:
+    def add(self, tuples: Iterable[FourTuple], *, outgoing: bool = True, timeout: float | None = None) -> None:
         """Hold these from both sides, or only what arrives; those that are held already change to that.
 
-        All or none of them. Raises UsageError, NotFound if somebody removed the table.
+        For ``timeout`` seconds, by default the hold's own. All or none of them. Raises UsageError, NotFound if somebody
+        removed the table.
         """
-        self._table.add(tuples, self._timeout, outgoing=outgoing)
+        self._table.add(tuples, self._timeout if timeout is None else timeout, outgoing=outgoing)
+
+    def left(self) -> dict[FourTuple, float]:
+        """What the kernel holds at this moment, and the seconds until each hold ends by itself. Raises NotFound."""
+        return {each: held.left for each, held in self._table.elements().items()}
 
     def refresh(self, timeout: float | None = None) -> None:
         """Hold all of ``tuples`` for ``timeout`` seconds from now, by default the hold's own. Raises NotFound."""

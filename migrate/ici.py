@@ -32,6 +32,7 @@ __all__ = [
     "Ici",
     "parse_endpoint",
     "read_records",
+    "whole",
     "write_records",
 ]
 
@@ -225,17 +226,35 @@ def _contradiction(ici: Ici) -> tuple[str, str] | None:
     return None
 
 
-def read_records(source: BinaryIO | int) -> Iterator[Ici]:
+def read_records(source: BinaryIO | int, start: int = 0) -> Iterator[Ici]:
     """The records of a stream (a binary file or a descriptor, which stays open), one at a time.
 
-    No more is allocated than has arrived. Raises RecordError with the offset in the stream, KernelError.
+    No more is allocated than has arrived. Raises RecordError with the offset in the stream, where ``source`` begins at
+    ``start``, and KernelError.
     """
     file = _opened(source) if isinstance(source, int) else source
-    start = 0
     while head := _read(file, _HEADER.size):
         length, crc = _announced(head, start)
         yield _decoded(head, _read(file, length), length, crc, start)
         start += _HEADER.size + length
+
+
+def whole(data: Buffer, start: int = 0) -> int:
+    """How many bytes at the beginning of these are whole records; they begin at ``start`` of the stream.
+
+    Raises RecordError for what is no header.
+    """
+    view = memoryview(data)
+    end = 0
+    while head := view[end : end + _HEADER.size]:
+        try:
+            length, _ = _announced(bytes(head), start + end)
+        except RecordTruncated:
+            break
+        if len(view) < end + _HEADER.size + length:
+            break
+        end += _HEADER.size + length
+    return end
 
 
 def write_records(descriptor: int, records: Iterable[Ici]) -> int:

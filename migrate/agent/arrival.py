@@ -13,6 +13,7 @@ import msgspec
 
 from migrate.adopt.spawner import Gate
 from migrate.agent.adoption import Rule
+from migrate.agent.caller import CALLER, Giver
 from migrate.agent.driver import Driver, Handoff, Host, tuples_of
 from migrate.agent.engine import Again, Batch, Stream
 from migrate.agent.logging import get_logger
@@ -23,7 +24,7 @@ from migrate.handoff import commands as do
 from migrate.handoff.destination import DestinationHandoff
 from migrate.handoff.events import Checked, Event, Restarted, Restored
 from migrate.handoff.ids import Connection, new_id
-from migrate.handoff.messages import Message, Query
+from migrate.handoff.messages import Message, Offer, Prepare, Query
 from migrate.ici import Ici
 from migrate.kernel import sockopt, uapi
 from migrate.kernel.diag import SockDiag
@@ -31,9 +32,9 @@ from migrate.kernel.segment import four_tuple
 from migrate.rebuild import activate_many, restore_many
 from migrate.restore import discard
 
-__all__ = ["Arrival", "Arrivals"]
+__all__ = ["EXISTS", "Arrival", "Arrivals"]
 
-_EXISTS = "this connection exists at the destination already"
+EXISTS = "this connection exists at the destination already"
 
 _log = get_logger(__name__)
 
@@ -86,7 +87,25 @@ class Arrivals(Driver):
         batch.source = row.source
         self.host.metrics.batches("destination", 1)
         self.host.holds.claim(row.batch, tuples_of(row.connections))
+        if row.peer == CALLER:
+            batch.stream = self._giver()
         self.host.engine.give(batch, Restarted())
+        if row.peer == CALLER:
+            self.host.engine.give(batch, Query(batch=row.batch, connections=row.connections))
+
+    def restore(self, offer: Offer, ended: Callable[[Mapping[bytes, str]], None]) -> None:
+        """A batch that a caller brings; ``ended`` is told the ids of those that were refused, and why."""
+        prepare = Prepare(batch=offer.batch, connections=offer.connections)
+        self.heard(self._giver(offer, ended), "", prepare)
+
+    def _giver(
+        self, offer: Offer | None = None, ended: Callable[[Mapping[bytes, str]], None] = lambda _: None
+    ) -> Giver:
+        def say(message: Message) -> None:
+            self.host.engine.call(partial(self.heard, giver, "", message))
+
+        giver = Giver(say, offer, ended)
+        return giver
 
     def heard(self, stream: Stream, source: str, message: Message) -> None:
         """What a source says, on ``stream`` from the address ``source``."""
@@ -156,7 +175,7 @@ class Arrivals(Driver):
                 continue
             why = self.host.adopters.refusal(connection.four_tuple)
             if why is None and connection.four_tuple in here:
-                why = _EXISTS
+                why = EXISTS
             if why is None and left <= 0:
                 why = "the destination has no descriptor left for it"
             if why is not None:

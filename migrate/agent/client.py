@@ -1,4 +1,4 @@
-"""What a program asks of an agent: the calls behind `tcpmig migrate`, `drain` and `watch`.
+"""What a program asks of an agent: the calls behind `tcpmig migrate`, `drain` and `watch`; dumps and restores.
 
 ::
 
@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -18,7 +19,7 @@ import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 
 from migrate.agent.errors import from_rpc_error
-from migrate.agent.options import channel_options
+from migrate.agent.options import CHUNK_BYTES, channel_options
 from migrate.agent.tls import load_channel_credentials
 from migrate.agent.v1 import migration_pb2 as pb
 from migrate.agent.v1 import migration_pb2_grpc, types_pb2
@@ -111,6 +112,51 @@ class Client:
         """What the agent does, from now on, without end."""
         return self._stream(self._stub.Watch, pb.WatchRequest(kinds=cast(Any, kinds)))
 
+    def dump(
+        self,
+        selector: Selector,
+        store: Callable[[bytes], object],
+        *,
+        leave_running: bool = False,
+        hold: float | None = None,
+        when_quiet: float | None = None,
+        store_within: float | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[types_pb2.Results]:
+        """Take the connections away, or copy them with ``leave_running``; yields what became of them, some at a time.
+
+        ``store`` gets the stream of records in pieces, and returns when a piece is where it survives. What is not stored
+        when it raises, the loop is left, or after ``timeout``, lives on where it is. All times are in seconds.
+        """
+        said: queue.SimpleQueue[pb.DumpRequest | None] = queue.SimpleQueue()
+        start = pb.DumpStart(
+            selector=_selector(selector),
+            leave_running=leave_running,
+            hold=_duration(hold),
+            when_quiet=_duration(when_quiet),
+            store_within=_duration(store_within),
+        )
+        said.put(pb.DumpRequest(start=start))
+        try:
+            for response in self._stream(self._stub.Dump, iter(said.get, None), timeout):
+                if response.WhichOneof("part") == "results":
+                    yield response.results
+                else:
+                    store(response.records.records)
+                    said.put(pb.DumpRequest(stored=pb.DumpStored(chunk=response.records.chunk)))
+        finally:
+            said.put(None)
+
+    def restore(self, records: Iterable[bytes], *, timeout: float | None = None) -> Iterator[types_pb2.Results]:
+        """Rebuild connections from a stream of records, cut anywhere; yields what became of them, some at a time."""
+        pieces = (piece[at : at + CHUNK_BYTES] for piece in records for at in range(0, len(piece), CHUNK_BYTES))
+        requests = (
+            pb.RestoreRequest(records=pb.RecordChunk(chunk=number, records=piece))
+            for number, piece in enumerate(pieces, 1)
+        )
+        for response in self._stream(self._stub.Restore, requests, timeout):
+            yield response.results
+
     def abort(self, move_id: str) -> tuple[int, int]:
         """Stop a move; how many connections stayed and how many had moved."""
         response = self._call(self._stub.Abort, pb.AbortRequest(move_id=move_id))
@@ -122,8 +168,8 @@ class Client:
         settle = pb.SettleBatch(batch=batch, verdict=verdict)
         self._call(self._stub.Resolve, pb.ResolveRequest(settle=settle))
 
-    def _stream(self, method: Callable[[Any], Any], request: Any) -> Iterator[Any]:
-        call = method(request)
+    def _stream(self, method: Callable[..., Any], request: Any, timeout: float | None = None) -> Iterator[Any]:
+        call = method(request, timeout=timeout)
         try:
             yield from call
         except grpc.RpcError as error:

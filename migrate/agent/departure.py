@@ -9,7 +9,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import msgspec
+
 from migrate import quiet
+from migrate.agent.caller import CALLER, HOLD, Taker
 from migrate.agent.driver import Driver, Handoff, Host, tuples_of
 from migrate.agent.engine import Again, Batch, Later
 from migrate.agent.logging import get_logger
@@ -17,24 +20,30 @@ from migrate.agent.metrics import Phase
 from migrate.agent.steering import address_of
 from migrate.bulk import dump_many, release_many
 from migrate.checkpoint import thaw
-from migrate.errors import Error, Gone, HostError
+from migrate.errors import Error, Gone, HostError, RemoteError
 from migrate.fourtuple import FourTuple
 from migrate.handoff import commands as do
 from migrate.handoff.events import Event, Frozen, Restarted, Start
 from migrate.handoff.ids import Connection
-from migrate.handoff.messages import Message, Released
+from migrate.handoff.messages import Message, Offer, Released
 from migrate.handoff.source import SourceHandoff
 from migrate.ici import Ici
 from migrate.kernel import segment, sockopt
 from migrate.kernel.diag import SockDiag
 from migrate.kernel.pidfd import owners_of
 from migrate.kernel.priority import undisturbed
-from migrate.selection import Takers
+from migrate.selection import Found, Takers
 
-__all__ = ["NOT_QUIET", "Departure", "Departures"]
+__all__ = ["BUSY", "NOT_QUIET", "Departure", "Departures"]
 
 NOT_QUIET = "it was not quiet"
 """Why a connection is refused that may be tried again."""
+
+BUSY = "another caller moves it at this moment"
+"""Why a connection is left to that caller."""
+
+_GIVEN = ("RELEASED", "LINGERING", "MOVED")
+_SETTLED = ("LINGERING", "MOVED", "SETTLING", "STAYED")  # the connection is not this batch's any more
 
 _log = get_logger(__name__)
 
@@ -99,13 +108,47 @@ class Departures(Driver):
         """A new batch."""
         self.batches[batch.machine.batch] = batch
         self.host.metrics.batches("source", 1)
-        batch.stream = self.host.dial(batch.machine.peer)
+        if batch.stream is None:
+            batch.stream = self.host.dial(batch.machine.peer)
         self.host.engine.give(batch, Start())
+
+    def taker(self, offered: Callable[[Offer], None] | None = None, *, copies: bool = False) -> Taker:
+        """The destination of a batch that is dumped; `caller.Taker` has the parameters."""
+
+        def say(message: Message) -> None:
+            self.host.engine.call(partial(self.answer, taker, CALLER, message))
+
+        taker = Taker(self.host.journal, say, offered, copies=copies)
+        return taker
+
+    def free(self, found: Sequence[Found]) -> list[Found]:
+        """Those that are not on their way already, for another caller."""
+        busy = {
+            connection.four_tuple
+            for batch in self.batches.values()
+            if batch.machine.state.name not in _SETTLED
+            for connection in batch.machine.moving
+        }
+        return [each for each in found if each.connection.four_tuple not in busy]
+
+    def dumped(self, id: bytes, epoch: int) -> bool:
+        """Whether a dump that is not over has let go of it. Raises RemoteError while that is being decided."""
+        for batch in self.batches.values():
+            if batch.machine.peer == CALLER and (id, epoch) in {(c.id, c.epoch) for c in batch.machine.connections}:
+                if batch.machine.state.name in _GIVEN:
+                    return id not in batch.machine.refused
+                if not batch.machine.over:
+                    raise RemoteError("it is being decided at this moment", hint="ask again")
+        return False
 
     def recover(self, row: do.Row) -> None:
         """A batch of an earlier agent."""
-        machine = SourceHandoff.recover(row, self.host.times)
-        batch = self.batches[row.batch] = Departure(machine, self)
+        times = self.host.times
+        if row.peer == CALLER:
+            times = msgspec.structs.replace(times, linger=HOLD)
+        batch = self.batches[row.batch] = Departure(SourceHandoff.recover(row, times), self)
+        if row.peer == CALLER:
+            batch.stream = self.taker()
         self.host.metrics.batches("source", 1)
         self.host.holds.claim(row.batch, tuples_of(row.connections))
         _find(batch, row.connections)
@@ -133,6 +176,12 @@ class Departures(Driver):
             if not self.batches:
                 with contextlib.suppress(Error):
                     self.host.carrier.drop_unused(self.host.holds.addresses())
+
+    def _forget(self, batch: Departure, command: do.Forget) -> Again | None:  # type: ignore[override]
+        if batch.machine.peer == CALLER:  # nobody will say where they live now: the kernel ends this hold by itself
+            gone = [each.four_tuple for each in command.connections if each.id in command.moved]
+            self.host.holds.expire(batch.machine.batch, gone, batch.machine.times.linger)
+        return super()._forget(batch, command)
 
     def _hold(self, batch: Departure, command: do.Hold) -> None:  # type: ignore[override]
         batch.passed("prepare")

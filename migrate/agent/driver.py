@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from migrate.agent.adoption import Adopters
+from migrate.agent.caller import CALLER
 from migrate.agent.carry import Carrier
 from migrate.agent.engine import Again, Batch, Engine, Later, Performer, Stream
 from migrate.agent.events import Events
@@ -21,6 +22,7 @@ from migrate.agent.steering import Steerer
 from migrate.errors import Error
 from migrate.fourtuple import FourTuple
 from migrate.handoff import commands as do
+from migrate.handoff.destination import DestinationHandoff
 from migrate.handoff.events import Claimed, Event, LinkLost, RegistryFailed
 from migrate.handoff.ids import Connection
 from migrate.handoff.journal import Journal
@@ -110,7 +112,10 @@ class Driver:
     def _forget(self, batch: Handoff, command: do.Forget) -> Again | None:
         if batch.steering:
             return Again("steering", by_itself=False)
-        self.host.journal.forget(command.batch, batch.machine.role, command.connections, command.moved)
+        machine = batch.machine
+        # A record that a caller could not restore is as good as before: only handoffs take a new epoch each time.
+        again = machine.peer == CALLER and machine.role == DestinationHandoff.role
+        self.host.journal.forget(command.batch, machine.role, command.connections, command.moved, again=again)
         return None
 
     def _hold(self, batch: Batch, command: do.Hold) -> None:

@@ -6,16 +6,20 @@ then, and what the older one says about it no longer counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 
 from migrate.agent.logging import get_logger
 from migrate.errors import HostError, NotFound
 from migrate.fourtuple import FourTuple
 from migrate.hold import Hold
 
-__all__ = ["Holds"]
+__all__ = ["LONGEST", "Holds"]
 
 _log = get_logger(__name__)
+
+LONGEST = 86400.0
+"""Seconds that a hold may last that ends by itself."""
 
 _FOREVER = 30 * 86400.0  # seconds: what is held is in the journal, and the next agent goes on with it
 
@@ -30,14 +34,17 @@ class Holds:
         except NotFound:
             self._hold = Hold(name=name, timeout=_FOREVER)
         self._batches: dict[FourTuple, bytes] = {}
+        self._expiring: set[FourTuple] = set()  # nobody's
 
     def fileno(self) -> int:
         """Readable when segments wait to be collected."""
         return self._hold.fileno()
 
     def collect(self) -> None:
-        """Keep what has arrived."""
+        """Keep what has arrived, if it is for a batch."""
         self._hold.collect()
+        if self._expiring:
+            self._hold.take(self._expiring)
 
     def addresses(self) -> set[bytes]:
         """The packed local addresses of what is held."""
@@ -48,19 +55,26 @@ class Holds:
 
     def close(self) -> None:
         """What is held stays held, for the next agent; without anything held, nothing is left."""
-        if self._hold.tuples:
+        left: Mapping[FourTuple, float] = {}
+        with contextlib.suppress(NotFound):  # somebody flushed the ruleset
+            left = self._hold.left()
+        if left:
             self._hold.disown()
         else:
             self._hold.lift()
 
     def sweep(self, claimed: Iterable[FourTuple]) -> None:
-        """Let go what stands since an earlier agent and nobody claims."""
+        """Let go what stands since an earlier agent and nobody claims, but for what ends by itself."""
         wanted = set(claimed)
-        self._hold.remove([each for each in self._hold.tuples if each not in wanted])
+        left = {each: seconds for each, seconds in self._hold.left().items() if each not in wanted}
+        self._expiring = {each for each, seconds in left.items() if seconds <= LONGEST}
+        self._hold.remove([each for each in left if each not in self._expiring])
 
     def claim(self, batch: bytes, tuples: Iterable[FourTuple]) -> None:
         """From now on these are this batch's."""
-        self._batches.update(dict.fromkeys(tuples, batch))
+        claimed = dict.fromkeys(tuples, batch)
+        self._batches.update(claimed)
+        self._expiring.difference_update(claimed)
 
     def hold(self, batch: bytes, tuples: Sequence[FourTuple], *, outgoing: bool = True) -> None:
         """Hold these for the batch, from both sides or only what arrives."""
@@ -77,6 +91,10 @@ class Holds:
         """What departs may leave from now on."""
         held = self._hold.tuples
         self._hold.add([each for each in self._mine(batch, tuples) if held.get(each)], outgoing=False)
+
+    def expire(self, batch: bytes, tuples: Sequence[FourTuple], seconds: float) -> None:
+        """The kernel ends this hold after that time, `LONGEST` at most, whatever becomes of the agent."""
+        self._hold.add(self._mine(batch, tuples), timeout=seconds)
 
     def keep(self, packets: Iterable[bytes]) -> None:
         """Keep these too: another host's hold has kept them."""

@@ -12,13 +12,15 @@ import grpc.aio
 
 from migrate.agent.arrival import Arrivals
 from migrate.agent.departure import Departures
+from migrate.agent.dumping import dump
 from migrate.agent.events import Events
 from migrate.agent.logging import get_logger
 from migrate.agent.move import Move, Wish
+from migrate.agent.requests import DAY, seconds_of, selector_of
+from migrate.agent.restoring import restore
 from migrate.agent.v1 import migration_pb2 as pb
 from migrate.agent.v1 import migration_pb2_grpc, types_pb2
 from migrate.errors import NotFound, UsageError
-from migrate.fourtuple import FourTuple, parse_endpoint
 from migrate.handoff.destination import DestinationHandoff
 from migrate.handoff.events import Resolved
 from migrate.handoff.ids import ID_BYTES
@@ -26,9 +28,8 @@ from migrate.kernel import tcpinfo
 from migrate.kernel.diag import Extension
 from migrate.relocate import LocalMap, LocalMaps
 from migrate.selection import Found, Selector, find
-from migrate.tcpstate import TcpState
 
-__all__ = ["MigrationService", "selector_of"]
+__all__ = ["MigrationService"]
 
 _LIST_CHUNK = 1000  # connections in a message
 
@@ -37,6 +38,8 @@ _notsent = tcpinfo.reader("notsent_bytes")
 _log = get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Dumped = AsyncIterator[pb.DumpResponse]
+Restored = AsyncIterator[pb.RestoreResponse]
 
 
 class MigrationService(migration_pb2_grpc.MigrationServicer):
@@ -101,15 +104,17 @@ class MigrationService(migration_pb2_grpc.MigrationServicer):
                 return await self._ask(request.ask)
         raise UsageError("ask, or settle?")
 
-    async def Dump(self, request_iterator: AsyncIterator[pb.DumpRequest], context: Context) -> None:  # type: ignore[override]
+    async def Dump(self, request_iterator: AsyncIterator[pb.DumpRequest], context: Context) -> Dumped:
         """See the .proto."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this agent dumps nothing: run `tcpmig dump` on its host")
+        async with contextlib.aclosing(dump(self._departures, request_iterator)) as responses:
+            async for response in responses:
+                yield response
 
-    async def Restore(self, request_iterator: AsyncIterator[pb.RestoreRequest], context: Context) -> None:  # type: ignore[override]
+    async def Restore(self, request_iterator: AsyncIterator[pb.RestoreRequest], context: Context) -> Restored:
         """See the .proto."""
-        await context.abort(
-            grpc.StatusCode.UNIMPLEMENTED, "this agent restores nothing: run `tcpmig restore` on its host"
-        )
+        async with contextlib.aclosing(restore(self._arrivals, request_iterator)) as responses:
+            async for response in responses:
+                yield response
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
         """See the .proto."""
@@ -172,7 +177,10 @@ class MigrationService(migration_pb2_grpc.MigrationServicer):
             raise UsageError(f"a connection is named by an id of {ID_BYTES} bytes and an epoch from 1")
 
         def decide() -> list[bool]:
-            return [self._arrivals.verdict(each.id, each.epoch) for each in ask.connections]
+            return [
+                self._departures.dumped(each.id, each.epoch) or self._arrivals.verdict(each.id, each.epoch)
+                for each in ask.connections
+            ]
 
         words = {True: pb.VERDICT_COMMITTED, False: pb.VERDICT_DISCARDED}
         return pb.ResolveResponse(verdicts=[words[each] for each in await self._departures.host.engine.ask(decide)])
@@ -211,24 +219,6 @@ class _Reports:
                 return
 
 
-def selector_of(selector: types_pb2.Selector) -> Selector:
-    """The selector of a request. Raises UsageError."""
-    if selector.HasField("fd") and not selector.pid:
-        raise UsageError("fd needs pid: a descriptor belongs to a process")
-    try:
-        states = frozenset(TcpState(state) for state in selector.states) or None
-    except ValueError:
-        raise UsageError("a state of the selector is none") from None
-    return Selector(
-        FourTuple.parse(selector.connection) if selector.connection else None,
-        parse_endpoint(selector.local) if selector.local else None,
-        parse_endpoint(selector.remote) if selector.remote else None,
-        states,
-        selector.pid or None,
-        selector.fd if selector.HasField("fd") else None,
-    )
-
-
 def _agent(text: str) -> str:
     host, _, port = text.rpartition(":")
     if not text.startswith("unix:") and not (host and port.isdecimal()):
@@ -249,12 +239,7 @@ def _steer(steering: types_pb2.Steering) -> str:
 
 
 def _quiet(request: pb.MigrateRequest | pb.DrainRequest) -> float | None:
-    if not request.HasField("when_quiet"):
-        return None
-    seconds = request.when_quiet.ToTimedelta().total_seconds()
-    if not 0 < seconds <= 86400:
-        raise UsageError("when_quiet is not between 0 and 86400 seconds")
-    return seconds
+    return seconds_of(request, "when_quiet", most=DAY)
 
 
 def _maps(request: pb.MigrateRequest | pb.DrainRequest) -> LocalMaps:

@@ -18,11 +18,11 @@ from functools import partial
 
 import msgspec
 
-from migrate.agent.departure import NOT_QUIET, Departure, Departures
+from migrate.agent.departure import BUSY, NOT_QUIET, Departure, Departures
 from migrate.agent.reports import Reporter, stayed
 from migrate.agent.steering import address_of, check_words
 from migrate.agent.v1 import migration_pb2, types_pb2
-from migrate.errors import Error, HostError, NotFound, Refused, UsageError
+from migrate.errors import Conflict, Error, HostError, NotFound, Refused, UsageError
 from migrate.fourtuple import FourTuple
 from migrate.handoff.events import Cancel
 from migrate.handoff.ids import new_id
@@ -33,7 +33,7 @@ from migrate.relocate import LocalMaps
 from migrate.selection import Found, Selector, Takers, find
 from migrate.tcpstate import TcpState
 
-__all__ = ["Move", "Wish"]
+__all__ = ["Move", "Wish", "choose", "cut"]
 
 BATCH = 160  # connections
 BATCH_BYTES = 4 << 20  # of their queues
@@ -93,16 +93,11 @@ class Move:
 
     async def plan(self) -> tuple[list[Found], dict[FourTuple, Error]]:
         """What would be tried, and what not and why. Raises UsageError for a map that is about nothing."""
-        found = await asyncio.to_thread(find, self._wish.selector, extensions=Extension.INFO)
-        ours = os.getpid()  # the agents' own connections
-        found = [each for each in found if all(owner.pid != ours for owner in each.owners) or not each.owners]
-        if self._wish.selector.empty:
-            found = [each for each in found if not _loopback(each.connection.four_tuple.local)]
-        obstacles = {each.connection.four_tuple: each.obstacle for each in found}
-        refused: dict[FourTuple, Error] = {each: why for each, why in obstacles.items() if why is not None}
-        if obstacles and (maps := self._wish.maps):
-            maps.check_used(obstacles)
-            refused |= dict.fromkeys(maps.clashes(each for each in obstacles if each not in refused), _CLASH)
+        found, refused = await choose(self._wish.selector)
+        names = [*(each.connection.four_tuple for each in found), *refused]
+        if names and (maps := self._wish.maps):
+            maps.check_used(names)
+            refused |= dict.fromkeys(maps.clashes(each for each in names if each not in refused), _CLASH)
         return [each for each in found if each.connection.four_tuple not in refused], refused
 
     def abort(self) -> None:
@@ -171,7 +166,7 @@ class Move:
         if self._wish.steer:
             self._departures.host.steerer.warm(self._wish.steer)
         for group in _by_address(found) if self._wish.steer.startswith("vip:") else [list(found)]:
-            waiting = deque(_cut(group))
+            waiting = deque(cut(group))
             running: dict[asyncio.Task[list[Found]], None] = {}
             while waiting or running:
                 while waiting and len(running) < WINDOW and not self._aborted:
@@ -190,7 +185,7 @@ class Move:
                     del running[task]
                     retry = task.result()
                     if retry and time.monotonic() < deadline:
-                        waiting.extend(_cut(retry))
+                        waiting.extend(cut(retry))
                     elif retry and self._wish.when_quiet is not None:
                         self._leave(retry, Refused("it was never quiet", hint="give --when-quiet more seconds"))
                     else:
@@ -219,6 +214,8 @@ class Move:
         except Error as error:
             self._leave(found, error)
             return []
+        going = {connection.four_tuple for connection in batch.machine.connections}
+        self._leave([each for each in found if each.connection.four_tuple not in going], Conflict(BUSY))
         self._under_way.add(batch)
         try:
             patience = PATIENCE + (quiet or 0)
@@ -234,6 +231,9 @@ class Move:
     ) -> Departure:
         # In the engine's thread.
         host = self._departures.host
+        found = self._departures.free(found)
+        if not found:
+            raise Conflict(BUSY)
         sockets, _ = self._takers.take({each.connection.four_tuple: each.owners for each in found})
         named = host.journal.name((each.connection.four_tuple, each.connection.cookie) for each in found)
         if self._wish.maps:
@@ -306,9 +306,21 @@ class Move:
         self._reporter.result(stayed([each.connection.four_tuple for each in found], why))
 
 
+async def choose(selector: Selector) -> tuple[list[Found], dict[FourTuple, Error]]:
+    """Those that can move, and why others cannot."""
+    found = await asyncio.to_thread(find, selector, extensions=Extension.INFO)
+    ours = os.getpid()  # the agents' own connections
+    found = [each for each in found if all(owner.pid != ours for owner in each.owners) or not each.owners]
+    if selector.empty:
+        found = [each for each in found if not _loopback(each.connection.four_tuple.local)]
+    obstacles = {each.connection.four_tuple: each.obstacle for each in found}
+    refused = {each: why for each, why in obstacles.items() if why is not None}
+    return [each for each in found if each.connection.four_tuple not in refused], refused
+
+
 def _expected_frozen(found: Sequence[Found]) -> int:
     """Microseconds that a connection of these is expected to stand still: what is under way with it, moved at once."""
-    batches = _cut(found)[:WINDOW]
+    batches = cut(found)[:WINDOW]
     size = sum(each.connection.send_queue + each.connection.recv_queue for batch in batches for each in batch)
     return round(FROZEN_BATCH + FROZEN_EACH * sum(map(len, batches)) + size * FROZEN_BYTE)
 
@@ -329,7 +341,7 @@ def _by_address(found: Sequence[Found]) -> list[list[Found]]:
     return list(groups.values())
 
 
-def _cut(found: Sequence[Found]) -> list[list[Found]]:
+def cut(found: Sequence[Found]) -> list[list[Found]]:
     """Batches of so many connections and so many bytes at most."""
     batches: list[list[Found]] = []
     size = BATCH_BYTES

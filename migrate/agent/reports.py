@@ -13,7 +13,7 @@ from migrate.agent.v1 import types_pb2
 from migrate.errors import Error
 from migrate.fourtuple import FourTuple, endpoint_text
 
-__all__ = ["Outcomes", "Reporter", "stayed"]
+__all__ = ["Outcomes", "Reporter", "results_of", "stayed"]
 
 _PLAN = 1000  # connections in one plan of a dry run
 
@@ -128,20 +128,11 @@ class Reporter:
         return summary
 
     def _results(self, outcomes: Outcomes, frozen_us: int) -> types_pb2.Results:
-        failures: dict[str, types_pb2.Failure] = {}
-        for position, (_, why) in enumerate(outcomes.values()):
-            if why is not None:
-                failure = failures.setdefault(str(why), types_pb2.Failure(problem=to_problem(why)))
-                failure.positions.append(position)
-        numbers: Sequence[int] = [outcome for outcome, _ in outcomes.values()]
+        results = results_of(outcomes, frozen_us)
         moved_to = [self._moved_to(each, outcome) for each, (outcome, _) in outcomes.items()]
-        return types_pb2.Results(
-            connections=[str(each) for each in outcomes],
-            outcomes=cast(Any, numbers),
-            frozen_us=[frozen_us if number == types_pb2.OUTCOME_DONE else 0 for number in numbers],
-            failures=list(failures.values()),
-            moved_to=moved_to if any(moved_to) else (),
-        )
+        if any(moved_to):
+            results.moved_to.extend(moved_to)
+        return results
 
     def _moved_to(self, each: FourTuple, outcome: int) -> str:
         there = self._there(each) if outcome == types_pb2.OUTCOME_DONE else None
@@ -151,6 +142,22 @@ class Reporter:
 def stayed(tuples: Iterable[FourTuple], why: Error) -> Outcomes:
     """All of these stay, for one reason."""
     return dict.fromkeys(tuples, (types_pb2.OUTCOME_STAYED, why))
+
+
+def results_of(outcomes: Outcomes, frozen_us: int) -> types_pb2.Results:
+    """As a message; ``frozen_us`` is how long those that are done stood still, microseconds."""
+    failures: dict[str, types_pb2.Failure] = {}
+    for position, (_, why) in enumerate(outcomes.values()):
+        if why is not None:
+            failure = failures.setdefault(str(why), types_pb2.Failure(problem=to_problem(why)))
+            failure.positions.append(position)
+    numbers: Sequence[int] = [outcome for outcome, _ in outcomes.values()]
+    return types_pb2.Results(
+        connections=[str(each) for each in outcomes],
+        outcomes=cast(Any, numbers),
+        frozen_us=[frozen_us if number == types_pb2.OUTCOME_DONE else 0 for number in numbers],
+        failures=list(failures.values()),
+    )
 
 
 def _parts(outcomes: Outcomes) -> Iterator[Outcomes]:

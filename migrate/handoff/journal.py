@@ -47,6 +47,7 @@ _TAKE = f"""INSERT INTO seen VALUES(?, ?, ?, ?) ON CONFLICT(id) DO UPDATE SET
     WHERE excluded.epoch > seen.epoch AND NOT {_BUSY}"""
 _MARK = """INSERT INTO seen VALUES(?, ?, 0, ?) ON CONFLICT(id) DO UPDATE SET
     epoch = max(seen.epoch, excluded.epoch), at = excluded.at"""
+_GIVE_BACK = "UPDATE seen SET epoch = epoch - 1 WHERE id=? AND epoch=? AND number=?"
 _ROWS = """SELECT batch, role, state, peer, steer, shared, journal, source, connections, refused
     FROM handoff ORDER BY number"""
 _AT_ONCE = 500  # keys in one question; older SQLites take 999
@@ -186,8 +187,19 @@ class Journal:
             found = self._database.connection.execute(ask, (batch, DestinationHandoff.role)).fetchone()
         return _RECORDS.decode(self._key.open(found[0], batch + found[1])) if found else {}
 
-    def forget(self, batch: bytes, role: str, connections: Sequence[Connection], moved: frozenset[bytes]) -> None:
-        """The batch is over: its row and records go; its epochs stay seen, and that ``moved`` changed hands."""
+    def forget(
+        self,
+        batch: bytes,
+        role: str,
+        connections: Sequence[Connection],
+        moved: frozenset[bytes],
+        *,
+        again: bool = False,
+    ) -> None:
+        """The batch is over: its row and records go; its epochs stay seen, and that ``moved`` changed hands.
+
+        ``again``: the epochs of those that did not move may be tried again.
+        """
         with self._lock:
             with self._database.transaction() as run:
                 found = run.execute("SELECT number FROM handoff WHERE batch=? AND role=?", (batch, role)).fetchone()
@@ -197,6 +209,9 @@ class Journal:
                 else:
                     run.execute("DELETE FROM records WHERE number=?", found)
                     run.execute("DELETE FROM handoff WHERE number=?", found)
+                    if again:
+                        left = [(c.id, c.epoch, *found) for c in connections if c.id not in moved]
+                        run.executemany(_GIVE_BACK, left)
                     if moved:
                         others = _encode([c.id for c in connections if c.id not in moved])
                         run.execute("INSERT INTO moved VALUES(?, ?)", (*found, others))

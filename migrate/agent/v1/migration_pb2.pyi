@@ -242,7 +242,7 @@ class DumpRequest(_message.Message):
 
     @_builtins.property
     def stored(self) -> Global___DumpStored:
-        """A chunk is stored."""
+        """Chunks are stored."""
 
     def __init__(
         self,
@@ -270,19 +270,30 @@ class DumpStart(_message.Message):
     LEAVE_RUNNING_FIELD_NUMBER: _builtins.int
     HOLD_FIELD_NUMBER: _builtins.int
     WHEN_QUIET_FIELD_NUMBER: _builtins.int
+    STORE_WITHIN_FIELD_NUMBER: _builtins.int
     leave_running: _builtins.bool
-    """Copies the connections and lets them run on, instead of taking them away."""
+    """Copies the connections and lets them run on, instead of taking them away: nothing need be said to be stored. A copy is
+    good until its connection is dumped again or moves.
+    """
     @_builtins.property
     def selector(self) -> _types_pb2.Selector:
         """Which connections; an empty selector is refused."""
 
     @_builtins.property
     def hold(self) -> _duration_pb2.Duration:
-        """How long the taken connections stay held, so that the host does not answer their peers with a reset; unset: 60 s."""
+        """How long the taken connections stay held, so that the host does not answer their peers with a reset; unset: 60 s, at
+        most a day.
+        """
 
     @_builtins.property
     def when_quiet(self) -> _duration_pb2.Duration:
         """Waits at most this long for each connection's quiet point; unset: does not wait."""
+
+    @_builtins.property
+    def store_within(self) -> _duration_pb2.Duration:
+        """How long a connection stands still at most before the caller has said that its record is stored; after that the agent
+        lets it live on, and ends the call. Unset: 30 s, at most an hour.
+        """
 
     def __init__(
         self,
@@ -291,10 +302,11 @@ class DumpStart(_message.Message):
         leave_running: _builtins.bool = ...,
         hold: _duration_pb2.Duration | None = ...,
         when_quiet: _duration_pb2.Duration | None = ...,
+        store_within: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hold", b"hold", "selector", b"selector", "when_quiet", b"when_quiet"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hold", b"hold", "selector", b"selector", "store_within", b"store_within", "when_quiet", b"when_quiet"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold", b"hold", "leave_running", b"leave_running", "selector", b"selector", "when_quiet", b"when_quiet"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold", b"hold", "leave_running", b"leave_running", "selector", b"selector", "store_within", b"store_within", "when_quiet", b"when_quiet"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -302,13 +314,15 @@ Global___DumpStart: _TypeAlias = DumpStart  # noqa: Y015
 
 @_typing.final
 class DumpStored(_message.Message):
-    """The caller has stored a chunk where it survives."""
+    """The caller has stored chunks where they survive. The agent freezes the next connections when those whose records it has
+    sent are stored: so say it of each chunk as soon as it is true.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.int
-    """The chunk's number."""
+    """The number of the last of them; those before it are stored, too."""
     def __init__(
         self,
         *,
@@ -336,7 +350,7 @@ class DumpResponse(_message.Message):
 
     @_builtins.property
     def results(self) -> _types_pb2.Results:
-        """What became of the connections whose records are stored, and of those that were never dumped."""
+        """What became of the connections whose records came since the last results, and of those that have no record."""
 
     def __init__(
         self,
@@ -382,63 +396,33 @@ Global___RecordChunk: _TypeAlias = RecordChunk  # noqa: Y015
 
 @_typing.final
 class RestoreRequest(_message.Message):
-    """One step of a restore; `start` comes first, and once."""
+    """Records to restore. The stream may be cut into chunks anywhere."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    START_FIELD_NUMBER: _builtins.int
     RECORDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def start(self) -> Global___RestoreStart:
-        """What to do with the connections."""
-
-    @_builtins.property
     def records(self) -> Global___RecordChunk:
-        """Records to restore."""
+        """The next chunk."""
 
     def __init__(
         self,
         *,
-        start: Global___RestoreStart | None = ...,
         records: Global___RecordChunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["records", b"records", "start", b"start", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["records", b"records"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["records", b"records", "start", b"start", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["records", b"records"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["start", "records"]  # noqa: Y015
-    _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RestoreRequest: _TypeAlias = RestoreRequest  # noqa: Y015
 
 @_typing.final
-class RestoreStart(_message.Message):
-    """What to do with the restored connections."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ADOPTION_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def adoption(self) -> _types_pb2.Adoption:
-        """Who gets them; unset: as the agent was told at its start for their local address."""
-
-    def __init__(
-        self,
-        *,
-        adoption: _types_pb2.Adoption | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adoption", b"adoption"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adoption", b"adoption"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RestoreStart: _TypeAlias = RestoreStart  # noqa: Y015
-
-@_typing.final
 class RestoreResponse(_message.Message):
-    """What became of one chunk."""
+    """What became of one chunk. If the caller goes away, the chunks that the agent had received are still carried out or undone
+    as a whole.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -448,7 +432,9 @@ class RestoreResponse(_message.Message):
     """The chunk's number."""
     @_builtins.property
     def results(self) -> _types_pb2.Results:
-        """What became of the connections whose records end in it."""
+        """What became of the connections whose records end in it: DONE, they live here; STAYED, nothing of them is here, and the
+        record is as good as before.
+        """
 
     def __init__(
         self,
@@ -934,8 +920,8 @@ Global___ResolveRequest: _TypeAlias = ResolveRequest  # noqa: Y015
 
 @_typing.final
 class AskVerdicts(_message.Message):
-    """Asks a destination what became of connections. The answer is final: an epoch that is not committed there becomes
-    DISCARDED by the question, and can never be committed afterwards.
+    """Asks a destination what became of connections, or the agent of a Dump whether it let go of them. The answer is final: an
+    epoch that is not committed there becomes DISCARDED by the question, and can never be committed afterwards.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

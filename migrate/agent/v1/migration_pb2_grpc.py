@@ -97,15 +97,18 @@ class MigrationServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Dump(self, request_iterator, context):
-        """Takes connections out of their processes as ICI records. The agent lets go of a connection when the caller says that it
-        has stored the chunk in which its record ends; those that are not stored when the stream ends live on unharmed.
+        """Takes connections out of their processes as ICI records, some at a time. The agent freezes them, sends their records, and
+        lets go of each when the caller says that it has stored the chunk in which its record ends. What is not stored when the
+        stream ends, however it ends, lives on where it is, and so does everything else if the agent dies. The caller owns a
+        connection when the results say DONE; a caller that never hears them asks with Resolve.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Restore(self, request_iterator, context):
-        """Rebuilds connections from ICI records.
+        """Rebuilds connections from ICI records and gives them to the owners that the agent was told of at its start (--adopt). A
+        record is good for one life: one that lived here before is refused (CONFLICT).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

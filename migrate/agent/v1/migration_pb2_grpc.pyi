@@ -41,11 +41,15 @@ class MigrationStub:
     ListConnections: _grpc.UnaryStreamMultiCallable[_migration_pb2.ListConnectionsRequest, _migration_pb2.ListConnectionsResponse]
     """Lists the connections of the host, their owners, whether each can move, and if not why."""
     Dump: _grpc.StreamStreamMultiCallable[_migration_pb2.DumpRequest, _migration_pb2.DumpResponse]
-    """Takes connections out of their processes as ICI records. The agent lets go of a connection when the caller says that it
-    has stored the chunk in which its record ends; those that are not stored when the stream ends live on unharmed.
+    """Takes connections out of their processes as ICI records, some at a time. The agent freezes them, sends their records, and
+    lets go of each when the caller says that it has stored the chunk in which its record ends. What is not stored when the
+    stream ends, however it ends, lives on where it is, and so does everything else if the agent dies. The caller owns a
+    connection when the results say DONE; a caller that never hears them asks with Resolve.
     """
     Restore: _grpc.StreamStreamMultiCallable[_migration_pb2.RestoreRequest, _migration_pb2.RestoreResponse]
-    """Rebuilds connections from ICI records."""
+    """Rebuilds connections from ICI records and gives them to the owners that the agent was told of at its start (--adopt). A
+    record is good for one life: one that lived here before is refused (CONFLICT).
+    """
     Migrate: _grpc.UnaryStreamMultiCallable[_migration_pb2.MigrateRequest, _migration_pb2.MigrateResponse]
     """Moves connections to another agent. A caller that goes away does not stop the move: Abort does, and Watch shows the rest."""
     Drain: _grpc.UnaryStreamMultiCallable[_migration_pb2.DrainRequest, _migration_pb2.DrainResponse]
@@ -72,11 +76,15 @@ class MigrationAsyncStub(MigrationStub):
     ListConnections: _aio.UnaryStreamMultiCallable[_migration_pb2.ListConnectionsRequest, _migration_pb2.ListConnectionsResponse]  # type: ignore[assignment]
     """Lists the connections of the host, their owners, whether each can move, and if not why."""
     Dump: _aio.StreamStreamMultiCallable[_migration_pb2.DumpRequest, _migration_pb2.DumpResponse]  # type: ignore[assignment]
-    """Takes connections out of their processes as ICI records. The agent lets go of a connection when the caller says that it
-    has stored the chunk in which its record ends; those that are not stored when the stream ends live on unharmed.
+    """Takes connections out of their processes as ICI records, some at a time. The agent freezes them, sends their records, and
+    lets go of each when the caller says that it has stored the chunk in which its record ends. What is not stored when the
+    stream ends, however it ends, lives on where it is, and so does everything else if the agent dies. The caller owns a
+    connection when the results say DONE; a caller that never hears them asks with Resolve.
     """
     Restore: _aio.StreamStreamMultiCallable[_migration_pb2.RestoreRequest, _migration_pb2.RestoreResponse]  # type: ignore[assignment]
-    """Rebuilds connections from ICI records."""
+    """Rebuilds connections from ICI records and gives them to the owners that the agent was told of at its start (--adopt). A
+    record is good for one life: one that lived here before is refused (CONFLICT).
+    """
     Migrate: _aio.UnaryStreamMultiCallable[_migration_pb2.MigrateRequest, _migration_pb2.MigrateResponse]  # type: ignore[assignment]
     """Moves connections to another agent. A caller that goes away does not stop the move: Abort does, and Watch shows the rest."""
     Drain: _aio.UnaryStreamMultiCallable[_migration_pb2.DrainRequest, _migration_pb2.DrainResponse]  # type: ignore[assignment]
@@ -112,8 +120,10 @@ class MigrationServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_migration_pb2.DumpRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_migration_pb2.DumpResponse], _abc.AsyncIterator[_migration_pb2.DumpResponse]]:
-        """Takes connections out of their processes as ICI records. The agent lets go of a connection when the caller says that it
-        has stored the chunk in which its record ends; those that are not stored when the stream ends live on unharmed.
+        """Takes connections out of their processes as ICI records, some at a time. The agent freezes them, sends their records, and
+        lets go of each when the caller says that it has stored the chunk in which its record ends. What is not stored when the
+        stream ends, however it ends, lives on where it is, and so does everything else if the agent dies. The caller owns a
+        connection when the results say DONE; a caller that never hears them asks with Resolve.
         """
 
     @_abc_1.abstractmethod
@@ -122,7 +132,9 @@ class MigrationServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_migration_pb2.RestoreRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_migration_pb2.RestoreResponse], _abc.AsyncIterator[_migration_pb2.RestoreResponse]]:
-        """Rebuilds connections from ICI records."""
+        """Rebuilds connections from ICI records and gives them to the owners that the agent was told of at its start (--adopt). A
+        record is good for one life: one that lived here before is refused (CONFLICT).
+        """
 
     @_abc_1.abstractmethod
     def Migrate(

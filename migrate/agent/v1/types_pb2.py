@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tcpmig/v1/types.proto\x12\ttcpmig.v1\"\x87\x01\n\x08Selector\x12\x12\n\nconnection\x18\x01 \x01(\t\x12\r\n\x05local\x18\x02 \x01(\t\x12\x0e\n\x06remote\x18\x03 \x01(\t\x12#\n\x06states\x18\x04 \x03(\x0e\x32\x13.tcpmig.v1.TcpState\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0f\n\x02\x66\x64\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x05\n\x03_fd\"$\n\x08LocalMap\x12\x0b\n\x03old\x18\x01 \x01(\t\x12\x0b\n\x03new\x18\x02 \x01(\t\"\xe3\x01\n\x08Steering\x12\"\n\x03vip\x18\x01 \x01(\x0b\x32\x13.tcpmig.v1.SteerVipH\x00\x12*\n\x07\x66orward\x18\x02 \x01(\x0b\x32\x17.tcpmig.v1.SteerForwardH\x00\x12,\n\x08\x64irector\x18\x03 \x01(\x0b\x32\x18.tcpmig.v1.SteerDirectorH\x00\x12(\n\x06script\x18\x04 \x01(\x0b\x32\x16.tcpmig.v1.SteerScriptH\x00\x12(\n\x06\x66ollow\x18\x05 \x01(\x0b\x32\x16.tcpmig.v1.SteerFollowH\x00\x42\x05\n\x03how\"\x1a\n\x08SteerVip\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"\x0e\n\x0cSteerForward\"\x1e\n\rSteerDirector\x12\r\n\x05\x61gent\x18\x01 \x01(\t\"\r\n\x0bSteerFollow\"\x1b\n\x0bSteerScript\x12\x0c\n\x04path\x18\x01 \x01(\t\"\xd9\x01\n\x08\x41\x64option\x12&\n\x05\x63hild\x18\x01 \x01(\x0b\x32\x15.tcpmig.v1.AdoptChildH\x00\x12*\n\x07systemd\x18\x02 \x01(\x0b\x32\x17.tcpmig.v1.AdoptSystemdH\x00\x12$\n\x04unix\x18\x03 \x01(\x0b\x32\x14.tcpmig.v1.AdoptUnixH\x00\x12&\n\x05relay\x18\x04 \x01(\x0b\x32\x15.tcpmig.v1.AdoptRelayH\x00\x12$\n\x04hold\x18\x05 \x01(\x0b\x32\x14.tcpmig.v1.AdoptHoldH\x00\x42\x05\n\x03how\"\x1a\n\nAdoptChild\x12\x0c\n\x04\x61rgv\x18\x01 \x03(\t\"\x1c\n\x0c\x41\x64optSystemd\x12\x0c\n\x04\x61rgv\x18\x01 \x03(\t\"\x19\n\tAdoptUnix\x12\x0c\n\x04path\x18\x01 \x01(\t\"\x1d\n\nAdoptRelay\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x0b\n\tAdoptHold\"\x9a\x01\n\x07Problem\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0c\n\x04what\x18\x02 \x01(\t\x12\x0c\n\x04hint\x18\x03 \x01(\t\x12\x32\n\x08metadata\x18\x04 \x03(\x0b\x32 .tcpmig.v1.Problem.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"A\n\x07\x46\x61ilure\x12\x11\n\tpositions\x18\x01 \x03(\r\x12#\n\x07problem\x18\x02 \x01(\x0b\x32\x12.tcpmig.v1.Problem\"\xb8\x01\n\x07Results\x12\x13\n\x0b\x63onnections\x18\x01 \x03(\t\x12$\n\x08outcomes\x18\x02 \x03(\x0e\x32\x12.tcpmig.v1.Outcome\x12\x11\n\tfrozen_us\x18\x03 \x03(\r\x12$\n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x12.tcpmig.v1.Failure\x12\'\n\x07timings\x18\x05 \x03(\x0b\x32\x16.tcpmig.v1.PhaseTiming\x12\x10\n\x08moved_to\x18\x06 \x03(\t\"t\n\x0bPhaseTiming\x12\x1f\n\x05phase\x18\x01 \x01(\x0e\x32\x10.tcpmig.v1.Phase\x12\x1d\n\x04side\x18\x02 \x01(\x0e\x32\x0f.tcpmig.v1.Side\x12\x10\n\x08start_ns\x18\x03 \x01(\x03\x12\x13\n\x0b\x64uration_ns\x18\x04 \x01(\x03*\xb6\x02\n\x08TcpState\x12\x19\n\x15TCP_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15TCP_STATE_ESTABLISHED\x10\x01\x12\x16\n\x12TCP_STATE_SYN_SENT\x10\x02\x12\x1a\n\x16TCP_STATE_SYN_RECEIVED\x10\x03\x12\x18\n\x14TCP_STATE_FIN_WAIT_1\x10\x04\x12\x18\n\x14TCP_STATE_FIN_WAIT_2\x10\x05\x12\x17\n\x13TCP_STATE_TIME_WAIT\x10\x06\x12\x14\n\x10TCP_STATE_CLOSED\x10\x07\x12\x18\n\x14TCP_STATE_CLOSE_WAIT\x10\x08\x12\x16\n\x12TCP_STATE_LAST_ACK\x10\t\x12\x14\n\x10TCP_STATE_LISTEN\x10\n\x12\x15\n\x11TCP_STATE_CLOSING\x10\x0b*p\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x10\n\x0cOUTCOME_DONE\x10\x01\x12\x12\n\x0eOUTCOME_STAYED\x10\x02\x12\x10\n\x0cOUTCOME_GONE\x10\x03\x12\x14\n\x10OUTCOME_IN_DOUBT\x10\x04*\xb4\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_PREPARE\x10\x01\x12\x10\n\x0cPHASE_FREEZE\x10\x02\x12\x12\n\x0ePHASE_TRANSFER\x10\x03\x12\x11\n\rPHASE_RESTORE\x10\x04\x12\x10\n\x0cPHASE_COMMIT\x10\x05\x12\x11\n\rPHASE_RELEASE\x10\x06\x12\x12\n\x0ePHASE_ACTIVATE\x10\x07\x12\x0f\n\x0bPHASE_STEER\x10\x08*C\n\x04Side\x12\x14\n\x10SIDE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSIDE_SOURCE\x10\x01\x12\x14\n\x10SIDE_DESTINATION\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tcpmig/v1/types.proto\x12\ttcpmig.v1\"\x87\x01\n\x08Selector\x12\x12\n\nconnection\x18\x01 \x01(\t\x12\r\n\x05local\x18\x02 \x01(\t\x12\x0e\n\x06remote\x18\x03 \x01(\t\x12#\n\x06states\x18\x04 \x03(\x0e\x32\x13.tcpmig.v1.TcpState\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0f\n\x02\x66\x64\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x05\n\x03_fd\"$\n\x08LocalMap\x12\x0b\n\x03old\x18\x01 \x01(\t\x12\x0b\n\x03new\x18\x02 \x01(\t\"\xe3\x01\n\x08Steering\x12\"\n\x03vip\x18\x01 \x01(\x0b\x32\x13.tcpmig.v1.SteerVipH\x00\x12*\n\x07\x66orward\x18\x02 \x01(\x0b\x32\x17.tcpmig.v1.SteerForwardH\x00\x12,\n\x08\x64irector\x18\x03 \x01(\x0b\x32\x18.tcpmig.v1.SteerDirectorH\x00\x12(\n\x06script\x18\x04 \x01(\x0b\x32\x16.tcpmig.v1.SteerScriptH\x00\x12(\n\x06\x66ollow\x18\x05 \x01(\x0b\x32\x16.tcpmig.v1.SteerFollowH\x00\x42\x05\n\x03how\"\x1a\n\x08SteerVip\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\"\x0e\n\x0cSteerForward\"\x1e\n\rSteerDirector\x12\r\n\x05\x61gent\x18\x01 \x01(\t\"\r\n\x0bSteerFollow\"\x1b\n\x0bSteerScript\x12\x0c\n\x04path\x18\x01 \x01(\t\"\x9a\x01\n\x07Problem\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0c\n\x04what\x18\x02 \x01(\t\x12\x0c\n\x04hint\x18\x03 \x01(\t\x12\x32\n\x08metadata\x18\x04 \x03(\x0b\x32 .tcpmig.v1.Problem.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"A\n\x07\x46\x61ilure\x12\x11\n\tpositions\x18\x01 \x03(\r\x12#\n\x07problem\x18\x02 \x01(\x0b\x32\x12.tcpmig.v1.Problem\"\xb8\x01\n\x07Results\x12\x13\n\x0b\x63onnections\x18\x01 \x03(\t\x12$\n\x08outcomes\x18\x02 \x03(\x0e\x32\x12.tcpmig.v1.Outcome\x12\x11\n\tfrozen_us\x18\x03 \x03(\r\x12$\n\x08\x66\x61ilures\x18\x04 \x03(\x0b\x32\x12.tcpmig.v1.Failure\x12\'\n\x07timings\x18\x05 \x03(\x0b\x32\x16.tcpmig.v1.PhaseTiming\x12\x10\n\x08moved_to\x18\x06 \x03(\t\"t\n\x0bPhaseTiming\x12\x1f\n\x05phase\x18\x01 \x01(\x0e\x32\x10.tcpmig.v1.Phase\x12\x1d\n\x04side\x18\x02 \x01(\x0e\x32\x0f.tcpmig.v1.Side\x12\x10\n\x08start_ns\x18\x03 \x01(\x03\x12\x13\n\x0b\x64uration_ns\x18\x04 \x01(\x03*\xb6\x02\n\x08TcpState\x12\x19\n\x15TCP_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15TCP_STATE_ESTABLISHED\x10\x01\x12\x16\n\x12TCP_STATE_SYN_SENT\x10\x02\x12\x1a\n\x16TCP_STATE_SYN_RECEIVED\x10\x03\x12\x18\n\x14TCP_STATE_FIN_WAIT_1\x10\x04\x12\x18\n\x14TCP_STATE_FIN_WAIT_2\x10\x05\x12\x17\n\x13TCP_STATE_TIME_WAIT\x10\x06\x12\x14\n\x10TCP_STATE_CLOSED\x10\x07\x12\x18\n\x14TCP_STATE_CLOSE_WAIT\x10\x08\x12\x16\n\x12TCP_STATE_LAST_ACK\x10\t\x12\x14\n\x10TCP_STATE_LISTEN\x10\n\x12\x15\n\x11TCP_STATE_CLOSING\x10\x0b*p\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x10\n\x0cOUTCOME_DONE\x10\x01\x12\x12\n\x0eOUTCOME_STAYED\x10\x02\x12\x10\n\x0cOUTCOME_GONE\x10\x03\x12\x14\n\x10OUTCOME_IN_DOUBT\x10\x04*\xb4\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_PREPARE\x10\x01\x12\x10\n\x0cPHASE_FREEZE\x10\x02\x12\x12\n\x0ePHASE_TRANSFER\x10\x03\x12\x11\n\rPHASE_RESTORE\x10\x04\x12\x10\n\x0cPHASE_COMMIT\x10\x05\x12\x11\n\rPHASE_RELEASE\x10\x06\x12\x12\n\x0ePHASE_ACTIVATE\x10\x07\x12\x0f\n\x0bPHASE_STEER\x10\x08*C\n\x04Side\x12\x14\n\x10SIDE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSIDE_SOURCE\x10\x01\x12\x14\n\x10SIDE_DESTINATION\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,14 +33,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PROBLEM_METADATAENTRY']._loaded_options = None
   _globals['_PROBLEM_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_TCPSTATE']._serialized_start=1441
-  _globals['_TCPSTATE']._serialized_end=1751
-  _globals['_OUTCOME']._serialized_start=1753
-  _globals['_OUTCOME']._serialized_end=1865
-  _globals['_PHASE']._serialized_start=1868
-  _globals['_PHASE']._serialized_end=2048
-  _globals['_SIDE']._serialized_start=2050
-  _globals['_SIDE']._serialized_end=2117
+  _globals['_TCPSTATE']._serialized_start=1092
+  _globals['_TCPSTATE']._serialized_end=1402
+  _globals['_OUTCOME']._serialized_start=1404
+  _globals['_OUTCOME']._serialized_end=1516
+  _globals['_PHASE']._serialized_start=1519
+  _globals['_PHASE']._serialized_end=1699
+  _globals['_SIDE']._serialized_start=1701
+  _globals['_SIDE']._serialized_end=1768
   _globals['_SELECTOR']._serialized_start=37
   _globals['_SELECTOR']._serialized_end=172
   _globals['_LOCALMAP']._serialized_start=174
@@ -57,26 +57,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEERFOLLOW']._serialized_end=531
   _globals['_STEERSCRIPT']._serialized_start=533
   _globals['_STEERSCRIPT']._serialized_end=560
-  _globals['_ADOPTION']._serialized_start=563
-  _globals['_ADOPTION']._serialized_end=780
-  _globals['_ADOPTCHILD']._serialized_start=782
-  _globals['_ADOPTCHILD']._serialized_end=808
-  _globals['_ADOPTSYSTEMD']._serialized_start=810
-  _globals['_ADOPTSYSTEMD']._serialized_end=838
-  _globals['_ADOPTUNIX']._serialized_start=840
-  _globals['_ADOPTUNIX']._serialized_end=865
-  _globals['_ADOPTRELAY']._serialized_start=867
-  _globals['_ADOPTRELAY']._serialized_end=896
-  _globals['_ADOPTHOLD']._serialized_start=898
-  _globals['_ADOPTHOLD']._serialized_end=909
-  _globals['_PROBLEM']._serialized_start=912
-  _globals['_PROBLEM']._serialized_end=1066
-  _globals['_PROBLEM_METADATAENTRY']._serialized_start=1019
-  _globals['_PROBLEM_METADATAENTRY']._serialized_end=1066
-  _globals['_FAILURE']._serialized_start=1068
-  _globals['_FAILURE']._serialized_end=1133
-  _globals['_RESULTS']._serialized_start=1136
-  _globals['_RESULTS']._serialized_end=1320
-  _globals['_PHASETIMING']._serialized_start=1322
-  _globals['_PHASETIMING']._serialized_end=1438
+  _globals['_PROBLEM']._serialized_start=563
+  _globals['_PROBLEM']._serialized_end=717
+  _globals['_PROBLEM_METADATAENTRY']._serialized_start=670
+  _globals['_PROBLEM_METADATAENTRY']._serialized_end=717
+  _globals['_FAILURE']._serialized_start=719
+  _globals['_FAILURE']._serialized_end=784
+  _globals['_RESULTS']._serialized_start=787
+  _globals['_RESULTS']._serialized_end=971
+  _globals['_PHASETIMING']._serialized_start=973
+  _globals['_PHASETIMING']._serialized_end=1089
 # @@protoc_insertion_point(module_scope)
