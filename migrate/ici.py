@@ -30,9 +30,9 @@ __all__ = [
     "Field",
     "FourTuple",
     "Ici",
+    "announced",
     "parse_endpoint",
     "read_records",
-    "whole",
     "write_records",
 ]
 
@@ -172,7 +172,7 @@ class Ici(msgspec.Struct, omit_defaults=True, gc=False):
     @classmethod
     def decode(cls, data: Buffer) -> "Ici":
         """The one record in the data; its queues are views of the data. Raises RecordError."""
-        length, crc = _announced(data, 0)
+        length, crc = announced(data, 0)
         body = memoryview(data)[_HEADER.size :]
         if len(body) > length:
             raise RecordError(f"{len(body) - length} bytes follow the record", offset=_HEADER.size + length)
@@ -234,27 +234,9 @@ def read_records(source: BinaryIO | int, start: int = 0) -> Iterator[Ici]:
     """
     file = _opened(source) if isinstance(source, int) else source
     while head := _read(file, _HEADER.size):
-        length, crc = _announced(head, start)
+        length, crc = announced(head, start)
         yield _decoded(head, _read(file, length), length, crc, start)
         start += _HEADER.size + length
-
-
-def whole(data: Buffer, start: int = 0) -> int:
-    """How many bytes at the beginning of these are whole records; they begin at ``start`` of the stream.
-
-    Raises RecordError for what is no header.
-    """
-    view = memoryview(data)
-    end = 0
-    while head := view[end : end + _HEADER.size]:
-        try:
-            length, _ = _announced(bytes(head), start + end)
-        except RecordTruncated:
-            break
-        if len(view) < end + _HEADER.size + length:
-            break
-        end += _HEADER.size + length
-    return end
 
 
 def write_records(descriptor: int, records: Iterable[Ici]) -> int:
@@ -318,7 +300,7 @@ def _with_queues(ici: Ici) -> list[bytes | memoryview]:
     return parts
 
 
-def _announced(data: Buffer, start: int) -> tuple[int, int]:
+def announced(data: Buffer, start: int) -> tuple[int, int]:
     """Length and CRC-32 of the body, from the header at the beginning of the data."""
     if data[:4] != _MAGIC[: len(data)]:
         raise RecordError("this is no ICI record", offset=start, field="header.magic")

@@ -45,7 +45,7 @@ Say = Callable[[Message], None]
 
 
 class Taker:
-    """Who dumps, in a destination's place. ``say`` answers; ``offered`` is given what is frozen, unless nobody is there.
+    """Who dumps, in a destination's place. ``say`` answers; ``offered`` is given what is frozen; None: nobody is there.
 
     With ``copies`` nothing is ever taken.
     """
@@ -88,7 +88,7 @@ class Taker:
     def stored(self, ids: frozenset[bytes]) -> None:
         """These records the caller has, and it will have no more: the first word counts."""
         self._offered = None
-        if self._offer is not None:
+        if self._offer is not None and self._answer is None:
             self._decide(self._offer.batch, self._offer.connections, ids, NOT_STORED)
 
     def _decide(self, batch: bytes, connections: Sequence[Connection], ids: frozenset[bytes], why: str) -> None:

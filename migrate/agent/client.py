@@ -125,8 +125,8 @@ class Client:
     ) -> Iterator[types_pb2.Results]:
         """Take the connections away, or copy them with ``leave_running``; yields what became of them, some at a time.
 
-        ``store`` gets the stream of records in pieces, and returns when a piece is where it survives. What is not stored
-        when it raises, the loop is left, or after ``timeout``, lives on where it is. All times are in seconds.
+        ``store`` gets the stream of records in pieces, and returns when a piece is where it survives. What is not
+        stored when it raises, the loop is left, or after ``timeout``, lives on where it is. Times are in seconds.
         """
         said: queue.SimpleQueue[pb.DumpRequest | None] = queue.SimpleQueue()
         start = pb.DumpStart(
@@ -167,6 +167,12 @@ class Client:
         verdict = pb.VERDICT_COMMITTED if committed else pb.VERDICT_DISCARDED
         settle = pb.SettleBatch(batch=batch, verdict=verdict)
         self._call(self._stub.Resolve, pb.ResolveRequest(settle=settle))
+
+    def verdicts(self, connections: Iterable[tuple[bytes, int]]) -> list[bool]:
+        """Whether the connections of these ids and epochs have changed hands here; what has not never will."""
+        asked = [pb.ConnectionEpoch(id=id, epoch=epoch) for id, epoch in connections]
+        response = self._call(self._stub.Resolve, pb.ResolveRequest(ask=pb.AskVerdicts(connections=asked)))
+        return [verdict == pb.VERDICT_COMMITTED for verdict in response.verdicts]
 
     def _stream(self, method: Callable[..., Any], request: Any, timeout: float | None = None) -> Iterator[Any]:
         call = method(request, timeout=timeout)

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,7 +17,7 @@ from migrate.agent.departure import BUSY, NOT_QUIET, Departure, Departures
 from migrate.agent.move import choose, cut
 from migrate.agent.options import CHUNK_BYTES
 from migrate.agent.reports import Outcomes, results_of, stayed
-from migrate.agent.requests import seconds_of, selector_of
+from migrate.agent.requests import DAY, seconds_of, selector_of
 from migrate.agent.v1 import migration_pb2 as pb
 from migrate.agent.v1 import types_pb2
 from migrate.errors import Conflict, Error, NotFound, Refused, UsageError
@@ -142,7 +142,7 @@ class _Batch:
     async def responses(self, stored: _Stored) -> Responses:
         """Records, and when it is decided what became of them."""
         self._departures.host.engine.call(self._start)
-        await asyncio.wait({self._offered, self._ended}, return_when=asyncio.FIRST_COMPLETED)
+        await _either(self._offered, self._ended)
         if self._offered.done():
             offer = self._offered.result()
             for piece, ids in _pieces([(each.id, offer.records[each.id]) for each in offer.connections]):
@@ -168,7 +168,7 @@ class _Batch:
     async def _until_stored(self, stored: _Stored) -> None:
         told = asyncio.create_task(stored.until(stored.sent))
         try:
-            await asyncio.wait({told, self._ended}, return_when=asyncio.FIRST_COMPLETED)
+            await _either(told, self._ended)
         finally:
             told.cancel()
             self._stored = frozenset(id for number, ids in self._chunks if number <= stored.chunk for id in ids)
@@ -244,6 +244,10 @@ class _Batch:
         return 0 if batch is None or not batch.frozen_at else (batch.active_at - batch.frozen_at) // 1000
 
 
+async def _either(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
 def _because(why: str | None) -> str:
     return "it was never quiet" if why == NOT_QUIET else why or "it was not dumped"
 
@@ -252,12 +256,12 @@ def _wish(start: pb.DumpStart) -> _Wish:
     selector = selector_of(start.selector)
     if selector.empty:
         raise UsageError("which connections?", hint="an empty selector means all; name what you want")
-    hold = seconds_of(start, "hold", most=86400)
+    hold = seconds_of(start, "hold", most=DAY)
     return _Wish(
         selector,
         start.leave_running,
         HOLD if hold is None else hold,
-        seconds_of(start, "when_quiet", most=86400),
+        seconds_of(start, "when_quiet", most=DAY),
         seconds_of(start, "store_within", most=3600) or STORE_WITHIN,
     )
 

@@ -11,7 +11,9 @@ from migrate.fourtuple import FourTuple, parse_endpoint
 from migrate.selection import Selector
 from migrate.tcpstate import TcpState
 
-__all__ = ["seconds_of", "selector_of"]
+__all__ = ["DAY", "seconds_of", "selector_of"]
+
+DAY = 86400.0  # seconds
 
 
 def selector_of(selector: types_pb2.Selector) -> Selector:

@@ -24,6 +24,7 @@ from migrate.tcpstate import TcpState
 
 __all__ = ["restore"]
 
+_HEADER = 16  # bytes of a record before its body: docs/ici-format.md
 _ONCE = "a record is good for one life of its connection"
 
 Responses = AsyncGenerator[pb.RestoreResponse, None]
@@ -64,7 +65,7 @@ class _Stream:
     def add(self, data: bytes) -> list[Ici]:
         """The records that end in these bytes. Raises RecordError, Conflict if two are of one connection."""
         self._data += data
-        end = ici.whole(self._data, self._begin)
+        end = self._whole()
         records = list(ici.read_records(io.BytesIO(self._data[:end]), self._begin)) if end else []
         del self._data[:end]
         self._begin += end
@@ -72,6 +73,16 @@ class _Stream:
             if len(names) < len(records):
                 raise Conflict("two records in one chunk are of the same connection", hint="restore the newer one")
         return records
+
+    def _whole(self) -> int:
+        """How many bytes at the beginning are whole records."""
+        end = 0
+        while len(self._data) >= end + _HEADER:
+            length, _ = ici.announced(self._data[end : end + _HEADER], self._begin + end)
+            if len(self._data) < end + _HEADER + length:
+                break
+            end += _HEADER + length
+        return end
 
     def end(self) -> None:
         """No more will come. Raises RecordTruncated."""
