@@ -114,7 +114,7 @@ def test_a_copy_leaves_it_running(scene: tuple[Lan, Agent]) -> None:
         assert says(client, b"before")
         copies: list[bytes] = []
         assert outcomes(caller.dump(only(client), copies.append, leave_running=True)) == [OUTCOME_DONE]
-        assert agent.settled()
+        until(agent.settled, what="nothing is left of it")
         assert says(client, b"after")
         [refused] = caller.restore(copies)
         assert refused.failures[0].problem.reason == "CONFLICT"
@@ -233,7 +233,7 @@ def test_an_agent_killed_before_the_commit_leaves_it_at_its_source(scene: tuple[
         agent.start()
         assert client.recv(5, socket.MSG_WAITALL) == b"after"
         assert says(client, b"and again")
-        assert agent.settled()
+        until(agent.settled, what="nothing is left of it")
     assert not wire.rsts
 
 
