@@ -295,7 +295,7 @@ def test_the_hold_outlasts_the_agent_and_ends(scene: tuple[Lan, Agent]) -> None:
         assert says(client, b"before")
         stored: list[bytes] = []
         with calling(agent) as caller:
-            list(caller.dump(only(client), stored.append, hold=2.5))
+            list(caller.dump(only(client), stored.append, hold=6))
         agent.stop()
         agent.start()
         assert agent.held() == 1
