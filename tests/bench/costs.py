@@ -22,6 +22,7 @@ def measure(contest: Contest, report: Report) -> None:
     table: dict[str, Any] = {}
     idle = _idle(contest, report, times, many, table)
     queues = _queues(contest, report, times, few, table)
+    _options(contest, report, times, few, table)
     _scale(contest, report, table)
     report.tables["microseconds of processor time a connection, medians; wall: the sum by the clock"] = table
     report.tables["where the time goes, microseconds"] = _shares(report, idle, queues)
@@ -65,6 +66,18 @@ def _queues(contest: Contest, report: Report, times: int, few: int, table: dict[
         table[f"64 KiB {words}, C"] = _row(pair["reference"])
         table[f"64 KiB {words}, Python"] = _row(pair["python"])
     return figures
+
+
+def _options(contest: Contest, report: Report, times: int, few: int, table: dict[str, Any]) -> None:
+    """Eight that a server sets, and every option of the table at once, which no program sets."""
+    narrate(f"{few} connections with options")
+    words = {"none": "no option set", "usual": "eight options set", "all": "all options set"}
+    work = {each: partial(contest.subject, connections=few, rounds=3, options=each) for each in words}
+    figures = contest.alternate(times, work)
+    for each in ("usual", "all"):
+        ratio = _cpu(figures, each) / _cpu(figures, "none")
+        report.number(f"{words[each]}, to none", ratio, 1.5, "x", spread=figures[each])
+    table |= {f"{words[each]}, Python": _row(one) for each, one in figures.items()}
 
 
 def _scale(contest: Contest, report: Report, table: dict[str, Any]) -> None:

@@ -144,7 +144,7 @@ class Contest(AbstractContextManager["Contest"]):
         command = [str(self.program), *_options(arguments), *flags]
         return _rounds(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
 
-    def subject(self, **arguments: int) -> list[dict[str, float]]:
+    def subject(self, **arguments: int | str) -> list[dict[str, float]]:
         """The same in Python."""
         return _rounds(in_own_network("subject", "--reference", self.program, *_options(arguments)))
 
@@ -163,7 +163,7 @@ class Contest(AbstractContextManager["Contest"]):
         }
 
 
-def _options(arguments: dict[str, int]) -> list[str]:
+def _options(arguments: Mapping[str, int | str]) -> list[str]:
     return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
 
 

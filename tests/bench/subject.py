@@ -17,14 +17,18 @@ import termios
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from migrate import Error, Ici, activate_many, bulk, dump_many, release_many, restore_many
+from migrate.kernel import option_values
+from migrate.kernel.option_table import OPTIONS, Phase
 
 PHASES = ("save", "close", "restore", "resume")
 LOOPBACK = "ip link set lo up mtu 1500 && ip route replace local 127.0.0.1 dev lo table local initcwnd 100"
 Moved = TypeVar("Moved", Ici, socket.socket)
+USUAL = {"TCP_NODELAY", "SO_KEEPALIVE", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"}
+USUAL |= {"SO_LINGER", "SO_PRIORITY"}
 QUIET = 0.25  # seconds: longer than a delayed ACK (200 ms), which would draw a RST while nobody is there
 PATIENCE = 30.0  # seconds until set-up or check give up
 
@@ -106,6 +110,8 @@ class Subject:
         listener.close()
         self.ports: list[int] = [sock.getpeername()[1] for sock in self.socks]
         self.streamed = array("Q", bytes(8 * len(self.socks)))
+        for sock in self.socks:
+            _give_options(sock, arguments.options)
         self._queue_data()
 
     def _queue_data(self) -> None:
@@ -181,6 +187,14 @@ class Subject:
         self.peers.close()
 
 
+def _give_options(sock: socket.socket, which: str) -> None:
+    for option in OPTIONS:
+        chosen = which == "all" or (which == "usual" and option.name in USUAL)
+        if chosen and option.readable and option.family in (0, 4) and option.phase is not Phase.UNCONNECTED:
+            with suppress(OSError):  # this kernel has none
+                option_values.put(sock, option, option.sample)
+
+
 def _done(result: Moved | Error) -> Moved:
     if isinstance(result, Error):
         raise SystemExit(f"not moved: {result}")
@@ -213,6 +227,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     for queue in ("--receive", "--unacked", "--unsent"):
         parser.add_argument(queue, type=int, default=0, metavar="BYTES")
+    parser.add_argument("--options", choices=("none", "usual", "all"), default="none", help="what our ends have set")
     arguments = parser.parse_args()
     arguments.batch = arguments.batch or arguments.connections
     return arguments
@@ -225,7 +240,8 @@ def main() -> None:
     subprocess.run(LOOPBACK, shell=True, check=True)
     subject = Subject(arguments)
     rounds = [subject.run_round() for _ in range(arguments.rounds)]
-    subject.check()
+    if arguments.options != "all":  # among them are a filter and a TTL that let nothing pass
+        subject.check()
     subject.close()
     json.dump({"v": 1, "connections": arguments.connections, "rounds": rounds}, sys.stdout)
 
