@@ -1,19 +1,22 @@
-"""What a connection has learnt about its path: the congestion window and the slow start threshold go along.
+"""What a connection knows of its path: the congestion window, the slow start threshold and ECN go along.
 
-A restored connection would start from ten segments, like a new one, and not know where slow start should end. The name
-of its congestion control is `restore`'s business; what cannot be carried is in docs/path-state.md.
+A restored connection would start from ten segments, like a new one, not know where slow start should end, and neither
+mark its segments as ECN-capable nor echo marks. The name of its congestion control is `restore`'s business; what cannot
+be carried is in docs/path-state.md.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from typing import NamedTuple, Self
 
-from migrate.errors import Refused
+from migrate.errors import Error, Refused
 from migrate.ici import Ici
-from migrate.kernel.congestion import Congestion
+from migrate.kernel.congestion import ECN, Congestion
 from migrate.restore import Restored
 
-__all__ = ["MOST", "Path", "PathState", "path"]
+__all__ = ["MOST", "Marks", "Path", "PathState", "path"]
 
 MOST = 10_000  # segments: a record is somebody else's word, and a window is a burst
 INITIAL = 10  # segments, RFC 6928: what no age takes away, for a new connection has it too
@@ -68,12 +71,70 @@ class PathState:
 
         Where that fails, `Restored.unset` says so. Raises Refused for any other socket.
         """
-        if sock.record is None:
-            raise Refused("it is not a silent restored socket")
-        wanted = path(sock.record, age)
-        if wanted is None:
+        record = _record(sock)
+        if (wanted := path(record, age)) is None:
+            self.carry_ecn(sock)
             return
         try:
-            self._congestion.set(sock, *wanted)
+            self._congestion.set(sock, *wanted, ecn=_ecn(record))
         except OSError:
             sock.unset.append("the congestion window")
+
+    def carry_ecn(self, sock: Restored) -> None:
+        """The same for ECN alone: it is the connection's, whatever the path has become."""
+        if not (ecn := _ecn(_record(sock))):
+            return
+        try:
+            self._congestion.set(sock, ecn=ecn)
+        except OSError:
+            sock.unset.append("ECN")
+
+
+class Marks:
+    """ECN for those connections that use it, where this host can. A context manager that costs nothing until one comes;
+    then getting ready takes some 0.1 s. Not for several threads.
+    """
+
+    def __init__(self) -> None:
+        self._paths: PathState | None = None
+        self._tried = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """See `PathState.close`."""
+        if self._paths is not None:
+            self._paths.close()
+
+    def prepare(self, records: Iterable[Ici]) -> None:
+        """Get ready if one of these needs it: before anything is held."""
+        if not self._tried and any(map(_ecn, records)):
+            self._tried = True
+            with contextlib.suppress(Error):
+                self._paths = PathState()
+
+    def carry(self, sock: Restored) -> None:
+        """As `PathState.carry_ecn`; where this host cannot, `Restored.unset` says so."""
+        record = _record(sock)
+        if not record.ecn:
+            return
+        self.prepare([record])
+        if self._paths is None or not _ecn(record):
+            sock.unset.append("ECN")
+        else:
+            self._paths.carry_ecn(sock)
+
+
+def _record(sock: Restored) -> Ici:
+    if sock.record is None:
+        raise Refused("it is not a silent restored socket")
+    return sock.record
+
+
+def _ecn(record: Ici) -> int:
+    """AccECN (2) counts what came with marks, and those counters cannot be set."""
+    return ECN if record.ecn == 1 else 0

@@ -46,6 +46,7 @@ class Segment(NamedTuple):
     flags: int
     window: int
     length: int  # bytes of payload
+    ecn: int = 0  # of the IP header: 0 not capable, 1 and 2 capable, 3 congestion experienced
 
     @property
     def flow(self) -> tuple[bytes, int, bytes, int]:
@@ -184,14 +185,16 @@ def _parsed(frame: bytes, network: int, ethertype: int, time: int, outgoing: boo
         transport = network + (frame[network] & 15) * 4
         end = network + int.from_bytes(frame[network + 2 : network + 4])
         source, destination = frame[network + 12 : network + 16], frame[network + 16 : network + 20]
+        ecn = frame[network + 1] & 3
     elif ethertype == 0x86DD and frame[network + 6] == socket.IPPROTO_TCP:
         transport = network + 40
         end = transport + int.from_bytes(frame[network + 4 : network + 6])
         source, destination = frame[network + 8 : network + 24], frame[network + 24 : network + 40]
+        ecn = frame[network + 1] >> 4 & 3
     else:
         return None
     source_port, destination_port, seq, ack, offset, flags, window = struct.unpack_from("!HHIIBBH", frame, transport)
     length = end - transport - (offset >> 4) * 4
     macs = (frame[6:12], frame[0:6])
     ends = (source, source_port, destination, destination_port)
-    return Segment(time, outgoing, *macs, *ends, seq, ack, flags, window, length)
+    return Segment(time, outgoing, *macs, *ends, seq, ack, flags, window, length, ecn)

@@ -17,6 +17,7 @@ from migrate.kernel import diag, option_values, sockopt, tcpinfo
 from migrate.kernel.nft import MARK
 from migrate.kernel.option_table import OPTIONS, Kind, Phase, Value
 from migrate.kernel.segment import Injector, fix_checksums
+from migrate.pathstate import Marks
 from migrate.tcpstate import Event, TcpState
 from tests.capture import ACK, FIN, RST, SYN, Capture, Segment
 from tests.fix_netns import Host, Lan
@@ -225,9 +226,9 @@ class Life:
             case _:
                 raise AssertionError(f"{event} is not to be had here")
 
-    def move(self) -> None:
+    def move(self, *, marks: Marks | None = None) -> None:
         """To the other host."""
-        self.ours = self.mover.move(self.ours, self._four_tuple)
+        self.ours = self.mover.move(self.ours, self._four_tuple, marks=marks)
         self.ours.setblocking(False)
 
     def deliver(self) -> None:

@@ -13,6 +13,8 @@ from typing import Self
 
 import migrate
 from migrate.kernel import netns
+from migrate.pathstate import Marks
+from migrate.restore import Restored
 from migrate.steer.vip import Vip
 from tests.fix_netns import Host
 
@@ -48,8 +50,10 @@ class Mover:
         self._vips[self.there.name].withdraw(self._address)
         self._vips[self.here.name].announce(self._address)
 
-    def move(self, sock: socket.socket, name: migrate.FourTuple | None = None) -> socket.socket:
-        """Take the connection of ``sock``, whose host has the address now, to the other host.
+    def move(
+        self, sock: socket.socket, name: migrate.FourTuple | None = None, *, marks: Marks | None = None
+    ) -> socket.socket:
+        """Take the connection of ``sock``, whose host has the address now, to the other host; its ECN by ``marks``.
 
         The kernel does not tell its ``name``, the four-tuple, in every state.
         """
@@ -63,6 +67,9 @@ class Mover:
             self.move_address()
             with netns.entered(self.here.netns):
                 restored = migrate.restore(record, activate=False)
+            if marks is not None:
+                assert isinstance(restored, Restored)
+                marks.carry(restored)
             migrate.release(sock)
             sock.close()
             after.keep(packet for packets in before.take().values() for packet in packets)

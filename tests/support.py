@@ -102,7 +102,8 @@ connections that nobody has accepted. "–": there is nothing to try.
 | a shut window | is probed from the new host |
 | path MTU | found anew |
 | conntrack, strict rp_filter, policy routing | tried on both hosts |
-| ECN | not restored, repair mode has no way to: this end neither marks segments nor echoes marks; the record tells |
+| ECN | moves with agents and `tcpmig restore` where BPF is allowed ([how](path-state.md)); else goes on without |
+| AccECN | in the record, not restored: its counters cannot be set |
 | round-trip time | in the record, not restored: the kernel measures it again |
 | Multipath TCP, TLS in the kernel | refused before anything is touched |
 """

@@ -29,7 +29,7 @@ from migrate.errors import Conflict, Error, HostError, RecordTruncated, UsageErr
 from migrate.hold import Hold
 from migrate.ici import FourTuple, Ici
 from migrate.kernel.diag import SockDiag
-from migrate.pathstate import PathState
+from migrate.pathstate import Marks, PathState
 from migrate.relocate import relocate
 from migrate.restore import Restored, activate, discard, restore
 from migrate.sealed import read_records
@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     failures: Failures = []
     with ExitStack() as kept:
         paths = kept.enter_context(PathState()) if arguments.path_state else None
+        marks = kept.enter_context(Marks())
         seen = memory(output)
         if seen is not None:
             kept.enter_context(contextlib.closing(seen))
@@ -104,6 +105,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         adoptions: Sequence[Adoption] = ()
         kept_free: list[FourTuple] = []
         connections = [record for record in wanted if record.state != TcpState.TIME_WAIT]
+        if paths is None:
+            marks.prepare(connections)
         with _held(connections, restored, arguments.hold) as hold:
             if steering is not None:
                 steering.take({record.four_tuple for record in wanted})
@@ -118,7 +121,9 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
                     continue
                 kept.callback(sock.close)
                 restored[record.four_tuple] = record, sock
-                if paths is not None:
+                if paths is None:
+                    marks.carry(sock)
+                else:
                     paths.carry(sock, age=max(time.time() - record.origin_time / 1e9, 0.0))
             if arguments.before_address:
                 _await_addresses({record.local for record, _ in restored.values()}, arguments.hold)

@@ -1,13 +1,13 @@
-"""A connection's congestion window and slow start threshold, set by a congestion control of our own.
+"""A connection's congestion window, its slow start threshold and its ECN, set by a congestion control of our own.
 
-No socket option sets either. A congestion control may, and one can be written in BPF (struct tcp_congestion_ops, Linux
-5.6; with a link that ends with its descriptor 6.4). Ours does nothing but write both values when a socket takes it up;
-then the socket gets its real one back, which goes on from there. Other connections never see it: taking it up needs
-CAP_NET_ADMIN, and making it CAP_BPF and CAP_PERFMON in the initial user namespace. It vanishes with its descriptors,
-so with a process that is killed, too.
+No socket option sets any of them. A congestion control may, and one can be written in BPF (struct tcp_congestion_ops,
+Linux 5.6; with a link that ends with its descriptor 6.4). Ours does nothing but write what it is told when a socket
+takes it up; then the socket gets its real one back, which goes on from there. Other connections never see it: taking it
+up needs CAP_NET_ADMIN, and making it CAP_BPF and CAP_PERFMON in the initial user namespace. It vanishes with its
+descriptors, so with a process that is killed, too.
 
 Sources: net/ipv4/bpf_tcp_ca.c (what may be written), tcp_set_congestion_control() in net/ipv4/tcp_cong.c (that taking
-another one up leaves both values alone), kernel/bpf/bpf_struct_ops.c.
+another one up leaves them alone), kernel/bpf/bpf_struct_ops.c.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from migrate.errors import HostError, from_oserror
 from migrate.kernel import bpf
 from migrate.kernel.btf import Btf
 
-__all__ = ["Congestion"]
+__all__ = ["ECN", "Congestion"]
+
+ECN = 1  # TCP_ECN_OK, since 6.18 TCP_ECN_MODE_RFC3168, in include/net/tcp.h
 
 # include/uapi/linux/bpf.h: enum bpf_cmd, bpf_map_type, bpf_prog_type, bpf_attach_type, their flags
 _MAP_CREATE, _MAP_UPDATE, _PROG_LOAD, _BTF_LOAD, _LINK_CREATE = 0, 2, 5, 18, 28
@@ -41,7 +43,8 @@ _UPDATE = struct.Struct("=IxxxxQQQ")  # map, key, value, flags
 _LINK = struct.Struct("=4I")  # map, -, type, flags
 _BTF = struct.Struct("=QQII")  # data, log, their sizes
 
-_VALUES = struct.Struct("=II")  # cwnd, ssthresh
+_VALUES = struct.Struct("=IIB")  # cwnd, ssthresh, ECN's flags; 0 changes nothing
+_MEMBERS = ("tcp_sock.snd_cwnd", "tcp_sock.snd_ssthresh", "tcp_sock.ecn_flags")
 _STRUCTURE = "tcp_congestion_ops"
 _HINT = "needs Linux 6.4 with BTF and BPF's JIT compiler, and CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN outside containers"
 
@@ -79,11 +82,14 @@ class Congestion:
         """End it; doing so again is harmless."""
         self._opened.close()
 
-    def set(self, sock: socket.socket, cwnd: int, ssthresh: int) -> None:
-        """Both in segments, from 1 to 2**31 - 1. Raises OSError; the congestion control is what it was."""
+    def set(self, sock: socket.socket, cwnd: int = 0, ssthresh: int = 0, *, ecn: int = 0) -> None:
+        """Both in segments, from 1 to 2**31 - 1; ``ecn`` is `ECN` to use it. 0 leaves what is.
+
+        Raises OSError; the congestion control is what it was.
+        """
         real = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
         with self._lock:
-            self._values[:] = _VALUES.pack(cwnd, ssthresh)
+            self._values[:] = _VALUES.pack(cwnd, ssthresh, ecn)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self.name.encode())
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, real)
 
@@ -125,17 +131,14 @@ class Congestion:
 
 def _programs(kernel: Btf, values: int) -> dict[str, bytes]:
     """By member of the structure: what runs when a socket takes it up, and the least of what must be there."""
-    cwnd, ssthresh = (kernel.place(f"tcp_sock.{member}").offset for member in ("snd_cwnd", "snd_ssthresh"))
     sock, memory, value = 6, 2, 3  # registers
     take_up = (
         bpf.load(sock, 1, 0)  # the context is the arguments' array
         + bpf.instruction(0x18, memory, _MAP_VALUE, value=values)
         + bpf.instruction(0)
-        + bpf.load(value, memory, 0, width=4)
-        + bpf.store(sock, value, cwnd, width=4)
-        + bpf.load(value, memory, 4, width=4)
-        + bpf.store(sock, value, ssthresh, width=4)
-        + bpf.leave()
     )
+    for at, member in zip((0, 4, 8), map(kernel.place, _MEMBERS), strict=True):
+        take_up += bpf.load(value, memory, at, width=member.size) + bpf.jump_if_less(value, 1, 1)
+        take_up += bpf.store(sock, value, member.offset, width=member.size)
     nothing = bpf.put(0, 2) + bpf.leave()
-    return {"init": take_up, "ssthresh": nothing, "undo_cwnd": nothing, "cong_avoid": nothing}
+    return {"init": take_up + bpf.leave(), "ssthresh": nothing, "undo_cwnd": nothing, "cong_avoid": nothing}

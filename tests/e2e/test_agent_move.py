@@ -62,6 +62,8 @@ def serving(host: Host, address: str, port: int = PORT) -> Iterator[subprocess.P
 
 def test_one_connection_there_and_back(lan: LanFactory, agents: Agents) -> None:
     net = lan("client", "a", "b")
+    for host in net.hosts.values():
+        host.sysctl("net.ipv4.tcp_ecn", 1)
     net.assign("a", net.vip4)
     a, b = agents(net.host("a"), adopt=[ECHO]), agents(net.host("b"), adopt=[ECHO])
     with serving(net.host("a"), net.vip4), dial(net) as client, net.capture("client") as wire:
@@ -73,6 +75,7 @@ def test_one_connection_there_and_back(lan: LanFactory, agents: Agents) -> None:
             assert carries(destination.host, net.vip4)
             assert not carries(source.host, net.vip4)
     assert not wire.rsts
+    assert all(each.ecn for each in wire.segments if each.length), "every segment with data says that it knows ECN"
 
 
 def test_unread_and_unsent_data_moves(lan: LanFactory, agents: Agents) -> None:

@@ -11,6 +11,8 @@ import pytest
 import migrate
 from migrate.errors import HostError
 from migrate.kernel import sockopt, tcpinfo, uapi
+from migrate.kernel.segment import CWR, ECE
+from migrate.pathstate import Marks
 from migrate.tcpstate import TcpState
 from tests.e2e.test_states import Field, field
 from tests.fix_netns import Host, ip
@@ -18,6 +20,8 @@ from tests.lives import FAMILIES, Life, judge
 from tests.waiting import until
 
 __all__ = ["field"]
+
+ECT0 = 2  # RFC 3168
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -211,3 +215,40 @@ def test_before_the_address_has_come(field: Field, family: str) -> None:
         assert not life.ours.getsockopt(socket.IPPROTO_IP, uapi.IP_TRANSPARENT)
         life.deliver()
         ends_well(life)
+
+
+@families
+def test_ecn(field: Field, family: str) -> None:
+    """After the move segments are marked as capable, marks of congestion are echoed, and echoes are heard."""
+    with field.life(family) as life, contextlib.ExitStack() as undo:
+        for host in field.net.hosts.values():
+            host.sysctl("net.ipv4.tcp_ecn", 1)
+            undo.callback(host.sysctl, "net.ipv4.tcp_ecn", 2)
+        life.passive()
+        exchange(life)
+        life.move(marks=undo.enter_context(Marks()))
+        assert life.mover.record and life.mover.record.ecn == 1
+        seen = len(life.wire.segments)
+
+        def flagged(sender: bytes, flag: int) -> bool:
+            return any(each.flags & flag for each in life.wire.segments[seen:] if each.source == sender)
+
+        ours, peers = life.four_tuple.local, life.four_tuple.remote
+        exchange(life)
+        sent = [each for each in life.wire.segments[seen:] if each.source == ours and each.length]
+        assert sent and all(each.ecn == ECT0 for each in sent)
+        assert not flagged(ours, ECE | CWR) and not flagged(peers, ECE | CWR)
+        for host, sender, receiver in ((life.client, peers, ours), (life.mover.here, ours, peers)):
+            undo.callback(congested(host, family))
+            for _ in range(3):  # what is echoed shows in the next segment with data
+                exchange(life)
+            assert flagged(receiver, ECE) and flagged(sender, CWR)
+        ends_well(life)
+
+
+def congested(host: Host, family: str) -> Callable[[], object]:
+    """The host's way out marks large segments."""
+    kind = "ip6" if family == "ipv6" else "ip"
+    chain = f"chain c {{ type filter hook postrouting priority 0; meta length > 1000 {kind} ecn set ce; }}"
+    host.run(["nft", f"table {kind} congested {{ {chain}; }}"])
+    return lambda: host.run(["nft", "delete", "table", kind, "congested"])
