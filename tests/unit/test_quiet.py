@@ -67,6 +67,8 @@ NOW = activity()
 )
 def test_verdict(now: Activity, settled: float, expected: bool | None) -> None:
     assert verdict(NOW, now, settled=settled) is expected
+    # A thorough attempt waits where a quick one gives up.
+    assert verdict(NOW, now, settled=settled, thorough=True) is (None if expected is False else expected)
 
 
 class Owner:
