@@ -246,3 +246,23 @@ def test_a_host_that_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
         Batch()
     state = batch._Shared()
     assert state.get() is None
+
+
+def test_where_no_port_is_left(lan: LanFactory) -> None:
+    """Repair mode shares ports: a connection comes back beside a listener on its port, when no port is free."""
+    net = lan("client", "a")
+    client, a = net.host("client"), net.host("a")
+    far, near = connect(client, a, a.ip4)
+    record = dump(near)
+    near.close()
+    a.run(["sysctl", "-qw", f"net.ipv4.ip_local_port_range={record.local_port} {record.local_port}"])
+    with a.entered():
+        taker = socket.create_server(("0.0.0.0", record.local_port), reuse_port=False)
+        with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+            other.bind(("0.0.0.0", 0))
+        restored = rebuild.restore_many([record])[0]
+    assert isinstance(restored, Restored)
+    far.sendall(b"?")
+    assert received(restored, 1) == b"?"
+    for sock in (far, taker, restored):
+        sock.close()
