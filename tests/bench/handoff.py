@@ -8,70 +8,28 @@ from __future__ import annotations
 import contextlib
 import shlex
 import socket
-import subprocess
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from migrate.agent.client import Client
-from migrate.agent.tls import init_tls
 from migrate.agent.v1 import types_pb2
-from migrate.fourtuple import FourTuple
-from migrate.selection import Selector
+from tests.bench import stream
 from tests.bench.measure import Contest, Report, narrate, spread
-from tests.crowd import ADOPTED, SERVE, Crowd
+from tests.bench.twoagents import PORT, STEER, move, scene
+from tests.crowd import ADOPTED, Crowd
 from tests.fix_agents import Agent
-from tests.fix_netns import Lan
 from tests.waiting import until
 
-STEER = "vip:eth0"
-PORT = 8000
 _PHASES = {value: name.removeprefix("PHASE_").lower() for name, value in types_pb2.Phase.items()}
-
-
-@dataclass
-class Scene:
-    """A client and two hosts with an agent each; the address is at ``a``."""
-
-    net: Lan
-    a: Agent
-    b: Agent
-
-    def pairs(self) -> Iterator[tuple[Agent, Agent]]:
-        """Where from and where to, in turns."""
-        while True:
-            yield self.a, self.b
-            yield self.b, self.a
-
-
-@contextlib.contextmanager
-def scene(adopt: str) -> Iterator[Scene]:
-    with contextlib.ExitStack() as opened:
-        directory = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="tcpmig-bench-")))
-        init_tls(directory / "tls", ["10.0.0.2", "10.0.0.3"])
-        net = Lan(["client", "a", "b"])
-        opened.callback(net.close)
-        net.assign("a", net.vip4)
-        agents = []
-        for name in "ab":
-            (directory / name).mkdir()
-            options = ["--adopt", adopt, "--log-level", "info"]
-            agents.append(Agent(net.host(name), directory / name, directory / "tls", options))
-            agents[-1].start()
-            opened.callback(agents[-1].stop)
-        server = net.host("a").popen([*SERVE, net.vip4, str(PORT)], stdout=subprocess.PIPE)
-        assert server.stdout is not None
-        server.stdout.readline()
-        yield Scene(net, *agents)
 
 
 def run(*, quick: bool) -> Report:
     report = Report("handoff", quick=quick)
     blackout(report, 5 if quick else 100)
+    stream.measure(report, rounds=1 if quick else 5, seconds=2 if quick else 4)
     counts = (50, 100) if quick else (1000, 10_000)
     rates = {}
     for count in counts:
@@ -158,13 +116,6 @@ def blackout(report: Report, moves: int) -> None:
     report.number("blackout of an echoing client, median", median(above), 3, "ms", spread=spread(above))
     report.number("blackout of an echoing client, p99", sorted(above)[len(above) * 99 // 100], 10, "ms")
     report.number("retransmissions of the peer", len(wire.retransmissions), 0, "")
-
-
-def move(client: Client, sock: socket.socket, destination: Agent) -> None:
-    (local, local_port), (remote, remote_port) = sock.getpeername(), sock.getsockname()
-    chosen = Selector(connection=FourTuple.parse(f"{local}:{local_port},{remote}:{remote_port}"))
-    *before, last = client.migrate(chosen, destination.address, steer=STEER)
-    assert last.summary.done == 1, before
 
 
 class _Echo(threading.Thread):
