@@ -184,7 +184,7 @@ def _set_options(
 ) -> None:
     """As options.apply() on each."""
     for chosen, socks in groups:
-        calls, rest = options.calls(chosen, phase)
+        calls, rest = options.calls(chosen, phase) if len(socks) >= _FEW else ((), chosen)
         failed = (calls and together.set_options([sock.fileno() for sock in socks], calls)) or {}
         if not (failed or rest):
             continue

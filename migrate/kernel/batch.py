@@ -124,10 +124,10 @@ class Batch:
     def set_options(self, descriptors: Sequence[int], calls: tuple[tuple[int, int, bytes], ...]) -> Failures:
         """These setsockopt calls (level, number, value), the same on each socket."""
         failed: dict[int, int] = {}
-        for program in self._options(calls):
-            program.write()
+        for program in () if self.closed else self._options(calls):
+            program.write(len(descriptors))
             failed |= program.run(descriptors) or {}
-        return failed or None
+        return {-1: errno.EBADF} if self.closed else failed or None
 
     def _option_programs(self, calls: tuple[tuple[int, int, bytes], ...]) -> list[Program]:
         programs = []

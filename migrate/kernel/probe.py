@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from migrate.errors import Error, HostError, NotFound, PrivilegeError, from_oserror
-from migrate.kernel import diag, netns, nflog, nfnetlink, pidfd, sockopt, tcpinfo, uapi
+from migrate.kernel import bpf, diag, netns, nflog, nfnetlink, pidfd, sockopt, tcpinfo, uapi
 from migrate.kernel import nf_tables as nf
+from migrate.kernel.batch import Batch
 from migrate.tcpstate import TcpState
 
 __all__ = ["Capability", "capabilities", "require"]
@@ -244,6 +245,14 @@ def _transparent() -> None:
             sock.setsockopt(*options[family], 1)
 
 
+def _uring() -> None:
+    Batch().close()
+
+
+def _bpf() -> None:
+    bpf.Program(8, bpf.put(0, 0) + bpf.leave()).close()
+
+
 def _user_namespaces() -> None:
     process, _ = _ordinary(["unshare", "-Urn", "true"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     with process:
@@ -305,6 +314,21 @@ _PROBES = (
     ),
     _Probe(
         "microsecond timestamps", False, _microseconds, "takes connections that have them", "boot Linux 6.7 or newer"
+    ),
+    _Probe(
+        "io_uring",
+        False,
+        _uring,
+        "restores many connections in a third of the time",
+        "sysctl kernel.io_uring_disabled=0, boot Linux 6.11 or newer, with a seccomp filter that allows it",
+    ),
+    _Probe(
+        "BPF",
+        False,
+        _bpf,
+        "dumps many connections in a third of the time",
+        "boot Linux 5.14 or newer with CONFIG_BPF_SYSCALL",
+        "CAP_BPF and CAP_PERFMON in the first user namespace",
     ),
     _Probe("AF_PACKET", False, _packet, "announces an address that moves", "modprobe af_packet", "CAP_NET_RAW"),
     _Probe("IP_TRANSPARENT", False, _transparent, "rebuilds before the address has come", "boot Linux 2.6.37 or newer"),

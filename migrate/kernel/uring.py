@@ -12,6 +12,7 @@ Source: include/uapi/linux/io_uring.h; io_uring_setup(2), io_uring_enter(2).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -91,7 +92,7 @@ class Ring:
         self._fd: int = _libc.syscall(_SETUP, entries, memory)
         if self._fd < 0:
             raise _unavailable(ctypes.get_errno())
-        self._maps: list[mmap.mmap] = []
+        self._opened = contextlib.ExitStack()
         try:
             self._map(parameters, entries)
         except (OSError, ValueError) as error:
@@ -110,10 +111,9 @@ class Ring:
         self._tail, self._array = submission[1], submission[6]
         self._done_head, self._done_tail, self._cqes = completion[0], completion[1], completion[5]
         length = max(self._array + 4 * self._entries, self._cqes + _CQE.size * self._completions)
-        self._rings = mmap.mmap(self._fd, length)
-        self._maps.append(self._rings)
-        self._sqes = mmap.mmap(self._fd, _SQE.size * self._entries, offset=_OFF_SQES)
-        self._maps.append(self._sqes)
+        self._rings = self._opened.enter_context(mmap.mmap(self._fd, length))
+        self._sqes = self._opened.enter_context(mmap.mmap(self._fd, _SQE.size * self._entries, offset=_OFF_SQES))
+        self._words = self._opened.enter_context(self._opened.enter_context(memoryview(self._sqes)).cast("i"))
         self._used = 0
 
     @property
@@ -124,6 +124,7 @@ class Ring:
     def close(self) -> None:
         """Give it back; again does nothing."""
         if self._fd >= 0:
+            self._opened.close()  # the mappings have descriptors of their own
             os.close(self._fd)
             self._fd = -1
 
@@ -133,7 +134,7 @@ class Ring:
         assert first + count <= self._entries
         self._used += count
         program = Program(self, first, calls, values, sockets)
-        program.write()
+        program.write(sockets)
         return program
 
     def passing(self, calls: Sequence[Call], values: Values, sockets: int) -> Program:
@@ -145,9 +146,12 @@ class Ring:
         """Put these entries there."""
         self._sqes[_SQE.size * first : _SQE.size * first + len(entries)] = entries
 
-    def descriptors(self, first: int, end: int, step: int) -> memoryview:
-        """Where the descriptors of these entries are, for assignment."""
-        return memoryview(self._sqes).cast("i")[first * _SQE_WORDS + 1 : end * _SQE_WORDS : step * _SQE_WORDS]
+    def address(self, first: int, descriptors: array[int], calls: int) -> None:
+        """The entries from ``first`` on, so many for each, are about these descriptors."""
+        begin, step = first * _SQE_WORDS + 1, calls * _SQE_WORDS
+        end, every = begin + len(descriptors) * step, memoryview(descriptors)
+        for at in range(begin, begin + step, _SQE_WORDS):
+            self._words[at:end:step] = every
 
     def submit(self, order: bytes, finished: bytes) -> dict[int, int] | None:
         """Make the calls of the entries whose numbers ``order`` holds, as native words.
@@ -155,8 +159,6 @@ class Ring:
         None if nothing but ``finished`` came back, which is what comes if nothing fails; else the numbers (user_data)
         that a failed call had, and errno; -1 stands for all if the ring cannot be trusted any more, and is closed.
         """
-        if self._fd < 0:
-            return {-1: errno.EBADF}
         rings, count = self._rings, len(order) // 4
         (tail,) = _WORD.unpack_from(rings, self._tail)
         at = tail & self._entries - 1
@@ -213,32 +215,32 @@ class Program:
     """Calls for up to so many sockets at once; `Ring.program` and `Ring.passing` make it."""
 
     def __init__(self, ring: Ring, first: int, calls: Sequence[Call], values: Values, sockets: int) -> None:
-        self._ring, self._first, self._values = ring, first, values
+        self._ring, self._first, self._calls, self._values = ring, first, len(calls), values
         end, last = first + len(calls) * sockets, len(calls) - 1
         self._entries = b"".join(
             call.entry(values.address + place * values.step, place, last=number == last)
             for place in range(sockets)
             for number, call in enumerate(calls)
         )
-        self._descriptors = [ring.descriptors(first + number, end, len(calls)) for number in range(len(calls))]
         every = array("I", range(first, end)).tobytes()
         finished = b"".join(_CQE.pack(place, 0, 0) for place in range(sockets))
         step = 4 * len(calls)
         self._orders = [every[: step * count] for count in range(sockets + 1)]
         self._finished = [finished[: _CQE.size * count] for count in range(sockets + 1)]
 
-    def write(self) -> None:
-        """Put the calls into the ring's memory."""
-        self._ring.write(self._first, self._entries)
+    def write(self, sockets: int) -> None:
+        """Put the calls on that many sockets into the ring's memory."""
+        self._ring.write(self._first, self._entries[: _SQE.size * self._calls * sockets])
 
     def run(self, descriptors: Sequence[int]) -> dict[int, int] | None:
         """Make the calls on these sockets. None if none failed; else place and errno, or -1 for all, see `Ring.submit`.
 
         Of a socket with a failed call all the others were tried nevertheless.
         """
-        count, every = len(descriptors), memoryview(array("i", descriptors))
-        for words in self._descriptors:
-            words[:count] = every
+        if self._ring.closed:
+            return {-1: errno.EBADF}
+        count = len(descriptors)
+        self._ring.address(self._first, array("i", descriptors), self._calls)
         return self._ring.submit(self._orders[count], self._finished[count])
 
 

@@ -23,7 +23,7 @@ OF_THE_NAMESPACE = NEEDED - {"sock_diag"} | {
     "netdev fwd",
     "network namespaces",
 }
-OF_THE_FIRST = {"SO_SNDBUFFORCE"}
+OF_THE_FIRST = {"BPF", "SO_SNDBUFFORCE"}
 
 PROGRAM = """
 import json, os, sys
