@@ -22,12 +22,9 @@ import contextlib
 import os
 import select
 import socket
-import stat
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Self
 
 from migrate.adopt.appproto import (
@@ -51,44 +48,15 @@ from migrate.adopt.appproto import (
     shown,
     state_messages,
 )
-from migrate.errors import Error, HostError, NotFound, PrivilegeError, Refused, RemoteError, UsageError
+from migrate.adopt.sockets import HINT, check_directory, process_of
+from migrate.errors import Error, HostError, Refused, RemoteError, UsageError
 from migrate.fourtuple import FourTuple, parse_endpoint
 from migrate.restore import Restored
 
-__all__ = ["ANSWER", "MAX_PATH", "AppAdoption", "Application", "UnixAdopter", "check_directory", "peer_of", "serves"]
+__all__ = ["ANSWER", "AppAdoption", "Application", "UnixAdopter", "serves"]
 
 ANSWER = 2.0  # seconds that an application has for its answers, unless told otherwise
-MAX_PATH = 107  # bytes, sun_path in unix(7)
 _PARTING, _EACH = 0.2, 0.002  # seconds to get rid of last words, and for each of them
-_UCRED = struct.Struct("3i")  # struct ucred in unix(7): pid, uid, gid
-_HINT = "is the application running, and does it listen there (migrate.app.plain)?"
-
-
-def peer_of(sock: socket.socket) -> tuple[int, int, int]:
-    """Process, user and group that connected, or that listens, at the other end (SO_PEERCRED)."""
-    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return pid, uid, gid
-
-
-def check_directory(path: str, users: Collection[int]) -> None:
-    """Raise unless nobody but its owner, one of ``users``, can put anything into the directory of ``path`` (0700).
-
-    UsageError for a path that no socket can have, NotFound, PrivilegeError.
-    """
-    if len(os.fsencode(path)) > MAX_PATH:
-        raise UsageError(f"{path!r} is too long for a socket", hint=f"at most {MAX_PATH} bytes")
-    directory = Path(path).parent
-    try:
-        found = directory.stat()
-    except OSError as error:
-        raise NotFound(f"{str(directory)!r}: {error.strerror}", hint=_HINT) from None
-    if not stat.S_ISDIR(found.st_mode):
-        raise NotFound(f"{str(directory)!r} is no directory")
-    if found.st_mode & 0o077 or found.st_uid not in users:
-        raise PrivilegeError(
-            f"{str(directory)!r} is open to other users",
-            hint="the directory of an application's socket has mode 0700 and belongs to the application's user",
-        )
 
 
 def serves(locals: Iterable[str], four_tuple: FourTuple) -> bool:
@@ -134,7 +102,7 @@ class Application:
             if self._why is not None:
                 raise self._why
             if self._session.greeting is not Greeting.OPEN:
-                raise HostError(f"the application at {self.path} does not answer", hint=_HINT)
+                raise HostError(f"the application at {self.path} does not answer", hint=HINT)
         except BaseException:
             self._socket.close()
             raise
@@ -150,15 +118,9 @@ class Application:
         try:
             self._socket.connect(self.path)
         except OSError as error:
-            raise HostError(f"no application at {self.path}: {error.strerror or error}", hint=_HINT) from None
+            raise HostError(f"no application at {self.path}: {error.strerror or error}", hint=HINT) from None
         self._socket.setblocking(False)
-        pid, user, _ = peer_of(self._socket)
-        if user not in self._users:
-            raise PrivilegeError(
-                f"the application at {self.path} runs as user {user}",
-                hint=f"it must be one of {', '.join(map(str, sorted(self._users)))}",
-            )
-        return pid
+        return process_of(self._socket, self.path, self._users)
 
     def serves(self, four_tuple: FourTuple) -> bool:
         """Whether it registered a service of that local end."""

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from migrate.adopt.relay import RelayAdopter
+from migrate.adopt.sockets import MAX_PATH, listener_at
 from migrate.adopt.spawner import Gate, Spawner
-from migrate.errors import HostError, UsageError
+from migrate.agent.engine import Engine
+from migrate.agent.logging import get_logger
+from migrate.errors import Error, HostError, UsageError
 from migrate.fourtuple import FourTuple, parse_endpoint
 
-__all__ = ["Adopters", "Rule", "parse_rule"]
+__all__ = ["Adopters", "Rule", "open_gate", "parse_rule"]
 
-_HINT = "write LOCAL=HOW, LOCAL an ADDR:PORT or *, HOW child:CMD, systemd:CMD, relay:HOST:PORT or hold"
+_log = get_logger(__name__)
+
+_HINT = "write LOCAL=HOW, LOCAL an ADDR:PORT or *, HOW child:CMD, systemd:CMD, unix:PATH, relay:HOST:PORT or hold"
 
 
 class Rule(NamedTuple):
-    """Connections of one local end, or of all, and who gets them. ``command`` is empty for hold."""
+    """Connections of one local end, or of all, and who gets them: a ``command``, or the application at ``path``."""
 
     local: tuple[bytes, int | None] | None
     how: str
-    command: tuple[str, ...]
+    command: tuple[str, ...] = ()
+    path: str = ""
 
 
 def parse_rule(text: str) -> Rule:
@@ -34,18 +41,21 @@ def parse_rule(text: str) -> Rule:
     local = None if where == "*" else parse_endpoint(where)
     kind, _, rest = how.partition(":")
     if kind == "hold" and not rest:
-        return Rule(local, kind, ())
+        return Rule(local, kind)
     if kind == "relay" and rest:
         return Rule(local, kind, tuple(RelayAdopter(rest).command))
+    if kind == "unix" and 0 < len(os.fsencode(rest)) <= MAX_PATH:
+        return Rule(local, kind, path=rest)
     if kind in ("child", "systemd") and (command := tuple(shlex.split(rest))):
         return Rule(local, kind, command)
     raise UsageError(f"{how!r} is no way to adopt connections", hint=_HINT)
 
 
 class Adopters:
-    """The rules, the most exact first."""
+    """The rules, the most exact first. ``users`` are numbers: whose applications take part, besides root's and ours."""
 
-    def __init__(self, rules: Sequence[Rule], spawner: Spawner) -> None:
+    def __init__(self, rules: Sequence[Rule], spawner: Spawner, users: Collection[int] = ()) -> None:
+        self.users = users
         self._rules = sorted(rules, key=lambda rule: (rule.local is None, bool(rule.local and rule.local[1] is None)))
         self._spawner = spawner
 
@@ -59,13 +69,28 @@ class Adopters:
                 return rule
         return None
 
-    def refusal(self, four_tuple: FourTuple) -> str | None:
-        """Why nobody here would take this connection, or None."""
+    def application(self, four_tuple: FourTuple) -> str | None:
+        """Where the application listens that gets this connection, and gives it; None: none does."""
         rule = self.rule_for(four_tuple)
+        return rule.path if rule is not None and rule.how == "unix" else None
+
+    def refusals(self, connections: Iterable[FourTuple]) -> dict[FourTuple, str]:
+        """Why nobody here would take these; the others are left out."""
+        rules = {each: self.rule_for(each) for each in connections}
+        why = {rule: self._missing(rule) for rule in set(rules.values())}
+        return {each: reason for each, rule in rules.items() if (reason := why[rule]) is not None}
+
+    def _missing(self, rule: Rule | None) -> str | None:
         if rule is None:
             return "nobody at the destination adopts it (--adopt)"
         if rule.command and shutil.which(rule.command[0]) is None:
             return f"its adopter at the destination, {rule.command[0]!r}, does not exist"
+        if rule.how == "unix":
+            try:
+                if listener_at(rule.path, self.users) is None:
+                    return f"no application at {rule.path} at the destination"
+            except Error as error:
+                return f"at the destination, {error.what}"
         return None
 
     def adopt(self, rule: Rule, sockets: Sequence[socket.socket]) -> Gate:
@@ -78,3 +103,21 @@ class Adopters:
             case "systemd" | "relay":
                 return self._spawner.systemd(rule.command, sockets)
         raise HostError(f"no adopter {rule.how!r}")
+
+
+def open_gate(engine: Engine, gate: Gate) -> None:
+    """The connections are active: let their owners run, and log it if they cannot. In the engine's thread."""
+
+    def started() -> None:
+        said = os.read(gate.status, 1024)
+        if said:
+            _log.error("an adopter could not be started", why=said.decode(errors="replace"))
+        else:
+            engine.unwatch(gate.status)
+            os.close(gate.status)
+
+    engine.watch(gate.status, started)
+    try:
+        gate.go()
+    except HostError as error:
+        _log.error("adoption failed", why=str(error))

@@ -6,23 +6,26 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import msgspec
 
 from migrate.adopt.spawner import Gate
-from migrate.agent.adoption import Rule
+from migrate.adopt.unix import AppAdoption
+from migrate.agent.adoption import Rule, open_gate
+from migrate.agent.applications import offer
 from migrate.agent.caller import CALLER, Giver
 from migrate.agent.driver import Driver, Handoff, Host, tuples_of
-from migrate.agent.engine import Again, Batch, Stream
+from migrate.agent.engine import Again, Batch, Later, Stream
 from migrate.agent.logging import get_logger
 from migrate.agent.steering import address_of
 from migrate.errors import Conflict, Error, HostError, RecordError, RemoteError
 from migrate.fourtuple import FourTuple
 from migrate.handoff import commands as do
 from migrate.handoff.destination import DestinationHandoff
-from migrate.handoff.events import Checked, Event, Restarted, Restored
+from migrate.handoff.events import Checked, Event, Restarted
+from migrate.handoff.events import Restored as Built
 from migrate.handoff.ids import Connection, new_id
 from migrate.handoff.messages import Message, Offer, Prepare, Query
 from migrate.ici import Ici
@@ -30,11 +33,13 @@ from migrate.kernel import sockopt, uapi
 from migrate.kernel.diag import SockDiag
 from migrate.kernel.segment import four_tuple
 from migrate.rebuild import activate_many, restore_many
-from migrate.restore import discard
+from migrate.restore import Restored, discard
 
 __all__ = ["EXISTS", "Arrival", "Arrivals"]
 
 EXISTS = "this connection exists at the destination already"
+_STATE = "its application's state needs an application at the destination (--adopt LOCAL=unix:PATH)"
+_OFFER_AGAIN = 1.0  # seconds until an application is offered again what it did not take
 
 _log = get_logger(__name__)
 
@@ -48,6 +53,7 @@ class Arrival(Handoff):
         super().__init__(machine, driver)
         self.source = ""
         self.gates: list[Gate] = []
+        self.offers: dict[FourTuple, AppAdoption] = {}  # what applications took
         self.cookies: dict[int, bytes] = {}
         self.active = False
 
@@ -168,12 +174,13 @@ class Arrivals(Driver):
         if batch.machine.steer:
             self.host.steerer.warm(batch.machine.steer)
         refused = self.host.journal.conflicts(command.connections)
+        unwanted = self.host.adopters.refusals(tuples_of(command.connections))
         left = _descriptors_left()
         here = self._diag.existing(tuples_of(command.connections))
         for connection in command.connections:
             if connection.id in refused:
                 continue
-            why = self.host.adopters.refusal(connection.four_tuple)
+            why = unwanted.get(connection.four_tuple)
             if why is None and connection.four_tuple in here:
                 why = EXISTS
             if why is None and left <= 0:
@@ -186,9 +193,33 @@ class Arrivals(Driver):
     def _carry(self, batch: Arrival, command: do.Carry) -> None:
         self.host.carrier.carry({each.local for each in tuples_of(command.connections)})
 
-    def _restore(self, batch: Arrival, command: do.RestoreSilent) -> Event:
+    def _restore(self, batch: Arrival, command: do.RestoreSilent) -> Event | Later:
         self.host.metrics.record_bytes("destination", sum(map(len, command.records.values())))
-        return Restored(self._build(batch, command.connections, command.records))
+        refused = self._build(batch, command.connections, command.records)
+        ids = {connection.four_tuple: connection.id for connection in command.connections}
+        for each, sock in batch.sockets.items():
+            has_state = isinstance(sock, Restored) and sock.record is not None and sock.record.app
+            if has_state and self.host.adopters.application(each) is None:
+                refused[ids[each]] = _STATE
+        # Before the commit: what an application does not take can still stay where it is.
+        offered = self._not_offered(batch, [each for each in ids if ids[each] not in refused])
+        if not offered:
+            return Built(refused)
+
+        def answered(taken: Mapping[FourTuple, AppAdoption], why: Mapping[FourTuple, str]) -> None:
+            batch.offers |= taken
+            self.host.engine.resume(batch, Built(refused | {ids[each]: what for each, what in why.items()}))
+
+        offer(self.host.engine, self.host.adopters, offered, answered)
+        return Later()
+
+    def _not_offered(self, batch: Arrival, connections: Iterable[FourTuple]) -> dict[FourTuple, socket.socket]:
+        """The silent sockets among these that are for an application which has not taken them."""
+        return {
+            each: batch.sockets[each]
+            for each in connections
+            if each in batch.sockets and each not in batch.offers and self.host.adopters.application(each) is not None
+        }
 
     def _build(
         self, batch: Arrival, connections: Sequence[Connection], records: Mapping[bytes, bytes]
@@ -247,20 +278,39 @@ class Arrivals(Driver):
     def _discard(self, batch: Arrival, command: do.Discard) -> None:
         for each in tuples_of(command.connections):
             sock = batch.sockets.pop(each, None)
+            if adoption := batch.offers.pop(each, None):
+                adoption.abort()
             if sock is not None:
                 discard(sock)
         self.host.holds.drop(batch.machine.batch, tuples_of(command.connections))
 
-    def _adopt(self, batch: Arrival, command: do.Adopt) -> None:
+    def _adopt(self, batch: Arrival, command: do.Adopt) -> Again | None:
+        rebuilt = self._not_offered(batch, tuples_of(command.connections))
+        if rebuilt:  # after a restart. There is no way back: it is offered until it is taken
+            offer(self.host.engine, self.host.adopters, rebuilt, partial(self._offered_again, batch))
+            return Again("offered to its application", by_itself=False)
         groups: dict[Rule, list[socket.socket]] = {}
         for connection in command.connections:
             sock = batch.sockets.get(connection.four_tuple)
             rule = self.host.adopters.rule_for(connection.four_tuple)
-            if sock is not None and rule is not None:
+            if sock is None or rule is None:
+                continue
+            batch.cookies[_cookie(sock)] = connection.id
+            if connection.four_tuple not in batch.offers:
                 groups.setdefault(rule, []).append(sock)
-                batch.cookies[_cookie(sock)] = connection.id
         for rule, sockets in groups.items():
             batch.gates.append(self.host.adopters.adopt(rule, sockets))
+        return None
+
+    def _offered_again(
+        self, batch: Arrival, taken: Mapping[FourTuple, AppAdoption], refused: Mapping[FourTuple, str]
+    ) -> None:
+        batch.offers |= taken
+        if refused:
+            _log.warning("not taken yet", batch=batch.machine.batch.hex(), why=next(iter(refused.values())))
+            self.host.engine.later(_OFFER_AGAIN, partial(self.host.engine.resume, batch))
+        else:
+            self.host.engine.resume(batch)
 
     def _replay(self, batch: Arrival, command: do.Replay) -> None:
         theirs = set(tuples_of(command.connections))
@@ -284,24 +334,15 @@ class Arrivals(Driver):
         except HostError as error:
             _log.warning("replay failed", why=str(error))
         for gate in batch.gates:
-            self._open(gate)
+            open_gate(self.host.engine, gate)
         batch.gates.clear()
+        for adoption in batch.offers.values():
+            try:
+                adoption.go()
+            except HostError as error:
+                _log.error("adoption failed", why=str(error))
+        batch.offers.clear()
         batch.close()
-
-    def _open(self, gate: Gate) -> None:
-        self.host.engine.watch(gate.status, partial(self._started, gate.status))
-        try:
-            gate.go()
-        except HostError as error:
-            _log.error("adoption failed", why=str(error))
-
-    def _started(self, status: int) -> None:
-        said = os.read(status, 1024)
-        if said:
-            _log.error("an adopter could not be started", why=said.decode(errors="replace"))
-        else:
-            self.host.engine.unwatch(status)
-            os.close(status)
 
     def _forget(self, batch: Arrival, command: do.Forget) -> Again | None:  # type: ignore[override]
         if batch.cookies:

@@ -12,9 +12,11 @@ from functools import partial
 import msgspec
 
 from migrate import quiet
+from migrate.agent.applications import Loan
 from migrate.agent.caller import CALLER, HOLD, Taker
 from migrate.agent.driver import Driver, Handoff, Host, tuples_of
 from migrate.agent.engine import Again, Batch, Later
+from migrate.agent.holds import FromAnotherThread
 from migrate.agent.logging import get_logger
 from migrate.agent.metrics import Phase
 from migrate.agent.steering import address_of
@@ -51,8 +53,10 @@ Results = Callable[["Departure", str, Mapping[bytes, str]], None]
 
 
 class Departure(Handoff):
-    """One batch on its way out. ``when_quiet`` is the time in seconds to wait for the first quiet ones, or None;
-    ``thorough`` of those that quick attempts have not found quiet.
+    """One batch on its way out, at once, or as one of these says.
+
+    ``when_quiet``: the time in seconds to wait for the first quiet ones; ``thorough`` of those that quick attempts have
+    not found quiet. ``loan``: they are an application's.
     """
 
     def __init__(
@@ -63,12 +67,14 @@ class Departure(Handoff):
         *,
         when_quiet: float | None = None,
         thorough: bool = False,
+        loan: Loan | None = None,
         report: Results = lambda *_: None,
     ) -> None:
         super().__init__(machine, driver)
         self.sockets.update(sockets or {})
         self.when_quiet = when_quiet
         self.thorough = thorough
+        self.loan = loan
         self.report = report
         self.frozen: dict[FourTuple, Ici] = {}
         self.left_out: dict[bytes, str] = {}  # refused by this side, and why: the other only sees that they are missing
@@ -84,6 +90,12 @@ class Departure(Handoff):
         now = time.monotonic_ns()
         self.phases.append((phase, self._since, now - self._since))
         self._since = now
+
+    def close(self) -> None:
+        """The sockets, and what is said to the application."""
+        super().close()
+        if self.loan is not None:
+            self.loan.close()
 
 
 class Departures(Driver):
@@ -151,6 +163,8 @@ class Departures(Driver):
             batch.stream = self.taker()
         self.host.metrics.batches("source", 1)
         self.host.holds.claim(row.batch, tuples_of(row.connections))
+        if path := self.host.adopters.application(row.connections[0].four_tuple):
+            batch.loan = Loan(path, self.host.adopters, {})
         _find(batch, row.connections)
         self.host.engine.give(batch, Restarted())
 
@@ -184,12 +198,16 @@ class Departures(Driver):
         return super()._forget(batch, command)
 
     def _hold(self, batch: Departure, command: do.Hold) -> None:  # type: ignore[override]
+        if batch.loan is not None:
+            return  # when the application has answered
         batch.passed("prepare")
         batch.frozen_at = time.monotonic_ns()
         if batch.when_quiet is None:
             super()._hold(batch, command)
 
-    def _freeze(self, batch: Departure, command: do.Freeze) -> Event | Later:
+    def _freeze(self, batch: Departure, command: do.Freeze) -> Event | Later | Again | None:
+        if batch.loan is not None:
+            return self._freeze_lent(batch, batch.loan, command)
         if batch.when_quiet is not None:
             threading.Thread(target=self._freeze_quiet, args=(batch, command), name="quiet", daemon=True).start()
             return Later()
@@ -208,6 +226,8 @@ class Departures(Driver):
             record.id, record.epoch = connection.id, connection.epoch
             if connection.there is not None:
                 record.local, record.local_port = connection.there.local, connection.there.local_port
+            if batch.loan is not None:
+                record.app = batch.loan.states[connection.four_tuple]
             records[connection.id] = record.encode()
             batch.frozen[connection.four_tuple] = record
         batch.record_bytes = sum(map(len, records.values()))
@@ -216,11 +236,31 @@ class Departures(Driver):
         batch.left_out = refused
         return Frozen(records, refused)
 
+    def _freeze_lent(self, batch: Departure, loan: Loan, command: do.Freeze) -> Event | Again | None:
+        """The application is asked first, in a thread: so long its connections are in use. Then this comes again."""
+        if not loan.asked:
+
+            def ask() -> None:
+                loan.ask()
+                self.host.engine.call(partial(self.host.engine.resume, batch))
+
+            threading.Thread(target=ask, name="ask", daemon=True).start()
+            return Again("its application is asked", by_itself=False)
+        if batch.machine.over:  # it was stopped meanwhile
+            return None
+        given = [each for each in command.connections if each.four_tuple in loan.states]
+        batch.passed("prepare")
+        batch.frozen_at = time.monotonic_ns()
+        self.host.holds.hold(batch.machine.batch, tuples_of(given))
+        return self._dumped(
+            batch, given, {c.id: why for c in command.connections if (why := loan.refused.get(c.four_tuple))}
+        )
+
     def _freeze_quiet(self, batch: Departure, command: do.Freeze) -> None:
         # In a thread of its own: the first that become quiet are dumped, the others are told to try again.
         engine, sockets = self.host.engine, dict(batch.sockets)
         ready: list[FourTuple] = []
-        held = _FromAnotherThread(self, batch)
+        held = FromAnotherThread(engine, self.host.holds, batch.machine.batch)
         try:
             attempts = quiet.rounds(sockets, held, seconds=batch.when_quiet or 0, thorough=batch.thorough)
             ready = next(attempts, ([], False))[0]
@@ -243,6 +283,8 @@ class Departures(Driver):
                     if sockopt.in_repair(sock):
                         thaw(sock, batch.frozen.pop(connection.four_tuple, None))
         self.host.holds.lift(batch.machine.batch, tuples_of(command.connections))
+        if batch.loan is not None:
+            batch.loan.keep(tuples_of(command.connections))
 
     def _release(self, batch: Departure, command: do.Release) -> None:
         batch.passed("transfer")
@@ -253,6 +295,8 @@ class Departures(Driver):
         for sock in sockets:
             sock.close()
         batch.frozen.clear()
+        if batch.loan is not None:
+            batch.loan.gone(tuples_of(command.connections))
 
     def _send_kept(self, batch: Departure, command: do.SendKept) -> None:
         if batch.stream is None and command.dial:
@@ -339,30 +383,3 @@ def _find(batch: Departure, connections: Sequence[Connection]) -> None:
     with Takers() as takers:
         sockets, _ = takers.take({each: owners.get(inode, ()) for each, inode in found.items()})
     batch.sockets.update(sockets)
-
-
-class _FromAnotherThread:
-    """The agent's hold for `quiet.rounds`, which waits in a thread of its own: each call is made in the engine's."""
-
-    def __init__(self, departures: Departures, batch: Departure) -> None:
-        self._engine = departures.host.engine
-        self._holds = departures.host.holds
-        self._batch = batch.machine.batch
-
-    def add(self, tuples: list[FourTuple], *, outgoing: bool = True) -> None:
-        self._do(partial(self._holds.hold, self._batch, tuples, outgoing=outgoing))
-
-    def remove(self, tuples: list[FourTuple]) -> None:
-        self._do(partial(self._holds.lift, self._batch, tuples))
-
-    def _do(self, call: Callable[[], None]) -> None:
-        done = threading.Event()
-
-        def work() -> None:
-            try:
-                call()
-            finally:
-                done.set()
-
-        self._engine.call(work)
-        done.wait()

@@ -7,14 +7,17 @@ then, and what the older one says about it no longer counts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
+from migrate.agent.engine import Engine
 from migrate.agent.logging import get_logger
 from migrate.errors import HostError, NotFound
 from migrate.fourtuple import FourTuple
 from migrate.hold import Hold
 
-__all__ = ["LONGEST", "Holds"]
+__all__ = ["LONGEST", "FromAnotherThread", "Holds"]
 
 _log = get_logger(__name__)
 
@@ -132,3 +135,32 @@ class Holds:
 
     def _mine(self, batch: bytes, tuples: Sequence[FourTuple]) -> list[FourTuple]:
         return [each for each in tuples if self._batches.get(each) == batch]
+
+
+class FromAnotherThread:
+    """A batch's hold for `quiet.rounds`, which waits in a thread of its own: each call is made in the engine's."""
+
+    def __init__(self, engine: Engine, holds: Holds, batch: bytes) -> None:
+        self._engine = engine
+        self._holds = holds
+        self._batch = batch
+
+    def add(self, tuples: list[FourTuple], *, outgoing: bool = True) -> None:
+        """See `Holds.hold`."""
+        self._do(partial(self._holds.hold, self._batch, tuples, outgoing=outgoing))
+
+    def remove(self, tuples: list[FourTuple]) -> None:
+        """See `Holds.lift`."""
+        self._do(partial(self._holds.lift, self._batch, tuples))
+
+    def _do(self, call: Callable[[], None]) -> None:
+        done = threading.Event()
+
+        def work() -> None:
+            try:
+                call()
+            finally:
+                done.set()
+
+        self._engine.call(work)
+        done.wait()

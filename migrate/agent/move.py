@@ -12,12 +12,13 @@ import ipaddress
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
 
+from migrate.agent.applications import Lender, Loan, lenders
 from migrate.agent.departure import BUSY, NOT_QUIET, Departure, Departures
 from migrate.agent.reports import Reporter, stayed
 from migrate.agent.steering import address_of, check_words
@@ -88,6 +89,7 @@ class Move:
         self._aborted = False
         self._loop = asyncio.get_running_loop()
         self._takers = Takers()
+        self._lenders: dict[FourTuple, Lender] = {}
         self._under_way: set[Departure] = set()
         self._over = asyncio.Event()
 
@@ -98,6 +100,8 @@ class Move:
         if names and (maps := self._wish.maps):
             maps.check_used(names)
             refused |= dict.fromkeys(maps.clashes(each for each in names if each not in refused), _CLASH)
+        self._lenders, unknown = await asyncio.to_thread(lenders, self._departures.host.adopters, found)
+        refused = unknown | refused
         return [each for each in found if each.connection.four_tuple not in refused], refused
 
     def abort(self) -> None:
@@ -166,7 +170,7 @@ class Move:
         if self._wish.steer:
             self._departures.host.steerer.warm(self._wish.steer)
         for group in _by_address(found) if self._wish.steer.startswith("vip:") else [list(found)]:
-            waiting = deque(cut(group))
+            waiting = deque(self._cut(group))
             running: dict[asyncio.Task[list[Found]], None] = {}
             while waiting or running:
                 while waiting and len(running) < WINDOW and not self._aborted:
@@ -185,13 +189,21 @@ class Move:
                     del running[task]
                     retry = task.result()
                     if retry and time.monotonic() < deadline:
-                        waiting.extend(cut(retry))
+                        waiting.extend(self._cut(retry))
                     elif retry and self._wish.when_quiet is not None:
                         self._leave(retry, Refused("it was never quiet", hint="give --when-quiet more seconds"))
                     else:
                         again += retry
                     self._reporter.progress(sum(len(each.machine.connections) for each in self._under_way))
         return again
+
+    def _cut(self, found: Sequence[Found]) -> list[list[Found]]:
+        """Batches, each of one application's connections, or of those that no application lends."""
+        groups: dict[str, list[Found]] = {}
+        for each in found:
+            lender = self._lenders.get(each.connection.four_tuple)
+            groups.setdefault(lender.path if lender else "", []).append(each)
+        return [batch for group in groups.values() for batch in cut(group)]
 
     async def _batch(
         self, destination: str, found: Sequence[Found], deadline: float, final: bool, last: bool
@@ -206,7 +218,8 @@ class Move:
 
             self._loop.call_soon_threadsafe(told)
 
-        quiet = None if self._wish.when_quiet is None else max(0.05, deadline - time.monotonic())
+        lent = found[0].connection.four_tuple in self._lenders  # its application says when
+        quiet = None if self._wish.when_quiet is None or lent else max(0.05, deadline - time.monotonic())
         try:
             batch = await self._departures.host.engine.ask(
                 lambda: self._start(destination, found, quiet, final, report)
@@ -247,9 +260,19 @@ class Move:
             times=_times(host.times, quiet),
         )
         thorough = quiet is not None and quiet < _THOROUGH * (self._wish.when_quiet or 0)
-        batch = Departure(machine, self._departures, sockets, when_quiet=quiet, thorough=thorough, report=report)
+        loan = self._loan(sockets)
+        batch = Departure(
+            machine, self._departures, sockets, when_quiet=quiet, thorough=thorough, loan=loan, report=report
+        )
         self._departures.begin(batch)
         return batch
+
+    def _loan(self, sockets: Iterable[FourTuple]) -> Loan | None:
+        """What one application is asked for; `_cut` puts nothing else into its batches."""
+        lenders = {each: self._lenders[each] for each in sockets if each in self._lenders}
+        for path, _ in lenders.values():
+            return Loan(path, self._departures.host.adopters, {each: fd for each, (_, fd) in lenders.items()})
+        return None
 
     def _steering(self, destination: str, found: Sequence[Found], final: bool) -> str:
         """An address can move only with all its connections; before that, and without that, each is forwarded."""

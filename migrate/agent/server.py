@@ -74,6 +74,7 @@ class Settings:
     tls: Path | None = None
     force_insecure: bool = False
     adopt: Sequence[Rule] = field(default_factory=tuple)
+    adopt_users: Sequence[int] = field(default_factory=tuple)
     registry: Path | None = None
     metrics: str | None = None
     path_state: bool = True
@@ -133,7 +134,7 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
             holds=holds,
             carrier=carrier,
             steerer=steerer,
-            adopters=Adopters(settings.adopt, spawner),
+            adopters=Adopters(settings.adopt, spawner, settings.adopt_users),
             metrics=metrics,
             dial=links.dial,
             forward=links.forward,

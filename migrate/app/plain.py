@@ -38,7 +38,8 @@ from typing import Self
 import msgspec
 
 from migrate.adopt.appproto import MAX_STATE, Gone, Keep, Service, Services
-from migrate.adopt.unix import check_directory, peer_of, serves
+from migrate.adopt.sockets import check_directory, peer_of
+from migrate.adopt.unix import serves
 from migrate.app.caller import Arrival, Caller, Lent
 from migrate.errors import Conflict, UsageError, from_oserror
 from migrate.fourtuple import FourTuple, parse_endpoint

@@ -34,7 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LOCAL=HOW",
         action="append",
         default=[],
-        help="who takes what arrives; LOCAL is ADDR:PORT or *, HOW child:CMD, systemd:CMD, relay:HOST:PORT or hold",
+        help="who takes what arrives; LOCAL is ADDR:PORT or *, "
+        "HOW child:CMD, systemd:CMD, unix:PATH, relay:HOST:PORT or hold",
+    )
+    parser.add_argument(
+        "--adopt-user",
+        metavar="USER",
+        action="append",
+        default=[],
+        help="an application at unix:PATH may run as USER, name or number; root and the agent's own always may",
     )
     parser.add_argument("--registry", metavar="FILE", help="an ownership registry that agents of this machine share")
     parser.add_argument(
@@ -71,6 +79,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             tls=None if arguments.tls is None else Path(arguments.tls),
             force_insecure=arguments.force,
             adopt=[parse_rule(text) for text in arguments.adopt],
+            adopt_users=[_user(word) for word in arguments.adopt_user],
             registry=None if arguments.registry is None else Path(arguments.registry),
             metrics=arguments.metrics,
             path_state=not arguments.no_path_state,
@@ -79,6 +88,15 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
     finally:
         spawner.close()
     return 0
+
+
+def _user(word: str) -> int:
+    import pwd
+
+    try:
+        return int(word) if word.isdecimal() else pwd.getpwnam(word).pw_uid
+    except KeyError:
+        raise UsageError(f"there is no user {word!r}") from None
 
 
 def _init_tls(arguments: argparse.Namespace, output: Output) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import migrate
+from migrate.adopt.sockets import listener_at
 from migrate.adopt.unix import Application, UnixAdopter
 from migrate.cli.main import main
 from migrate.errors import Error, HostError, Refused
@@ -229,6 +230,25 @@ def test_an_asker_that_dies_while_the_connection_is_frozen(scene: Scene) -> None
     scene.client.end()
     scene.client.talk()
     assert not scene.capture.rsts
+
+
+def test_who_thaws_it_calls_and_the_application_looks(scene: Scene) -> None:
+    """Thawing is no event for those who poll a socket."""
+    with scene.taken() as sock:
+        application = Application(scene.path("a"))
+        assert isinstance(scene.ask(application), bytes)
+        scene.client.begin()
+        until(lambda: sockopt.received_length(sock))  # nobody reads it now
+        with migrate.hold([scene.client.server], netns=scene.mover.here.netns):
+            migrate.dump(sock)
+            die(application)
+            with Application(scene.path("a")):  # it answers: it knows that its asker died
+                pass
+            migrate.thaw(sock)
+        assert listener_at(scene.path("a")) == scene.running["a"].pid
+        until(lambda: not sockopt.received_length(sock), what="the application goes on")
+    scene.client.end()
+    scene.client.talk()
 
 
 def test_restore_into_a_running_application(scene: Scene) -> None:
