@@ -54,6 +54,7 @@ class Arrival(Handoff):
         self.source = ""
         self.gates: list[Gate] = []
         self.offers: dict[FourTuple, AppAdoption] = {}  # what applications took
+        self.offering = False  # beside the commands, after a restart
         self.cookies: dict[int, bytes] = {}
         self.active = False
 
@@ -287,7 +288,9 @@ class Arrivals(Driver):
     def _adopt(self, batch: Arrival, command: do.Adopt) -> Again | None:
         rebuilt = self._not_offered(batch, tuples_of(command.connections))
         if rebuilt:  # after a restart. There is no way back: it is offered until it is taken
-            offer(self.host.engine, self.host.adopters, rebuilt, partial(self._offered_again, batch))
+            if not batch.offering:
+                batch.offering = True
+                offer(self.host.engine, self.host.adopters, rebuilt, partial(self._offered_again, batch))
             return Again("offered to its application", by_itself=False)
         groups: dict[Rule, list[socket.socket]] = {}
         for connection in command.connections:
@@ -305,6 +308,7 @@ class Arrivals(Driver):
     def _offered_again(
         self, batch: Arrival, taken: Mapping[FourTuple, AppAdoption], refused: Mapping[FourTuple, str]
     ) -> None:
+        batch.offering = False
         batch.offers |= taken
         if refused:
             _log.warning("not taken yet", batch=batch.machine.batch.hex(), why=next(iter(refused.values())))

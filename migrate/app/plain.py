@@ -191,6 +191,7 @@ def _listen(path: str) -> socket.socket:
         if _abandoned(path):
             os.unlink(path)
         listener.bind(path)
+        os.chmod(path, 0o666)  # the directory keeps others away; an agent that is not root has to write here
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()

@@ -14,13 +14,14 @@ import pytest
 from migrate.agent.client import Client
 from migrate.errors import Error
 from migrate.selection import Selector, find
-from tests import taking_part
+from tests import taking_part, taking_part_http
 from tests.capture import Capture
 from tests.e2e.test_agent_app import PORT, start
 from tests.e2e.test_agent_move import VIP
 from tests.e2e.test_app import Lines
 from tests.fix_agents import Agent, Agents, Done
 from tests.fix_netns import LanFactory
+from tests.taking_part_http import BLOCK, block
 from tests.waiting import until
 
 # What an application has given or taken when the agent dies, and what becomes of it.
@@ -33,6 +34,9 @@ CRASHES = (
     "destination:COMMITTED:RELEASED:WriteJournal",  # active, Go was said
 )
 BEFORE_COMMIT = (CRASHES[0], CRASHES[3])
+
+
+LENGTH = 1 << 20  # bytes of a download
 
 
 class Scene:
@@ -185,3 +189,33 @@ def test_killed_while_an_application_has_given_or_taken(scene: Scene) -> None:
         scene.client.end()
         scene.client.talk(3)
         assert scene.owners() == {here: [scene.applications[here].pid]}, point
+
+
+def test_an_application_that_speaks_goes_on_when_the_agent_died(
+    lan: LanFactory, agents: Agents, tmp_path: Path
+) -> None:
+    """Thawing wakes nobody up, and the client has nothing to say: the next agent tells the application."""
+    net = lan("client", "a", "b")
+    net.assign("a", net.vip4)
+    paths = {name: tmp_path / f"app-{name}" / "socket" for name in "ab"}
+    a, b = (agents(net.host(name), adopt=[f"*:{PORT}=unix:{path}"]) for name, path in paths.items())
+    gate, output = tmp_path / "gate", tmp_path / "output"
+    gate.write_text("0")  # half of the answer
+    for name, path in paths.items():
+        listen = ["listen"] if name == "a" else []
+        start(net.host(name), taking_part_http.__name__, path, net.vip4, str(PORT), gate, *listen)
+    url = f"http://{net.vip4}:{PORT}/noise/{LENGTH}?after=0&moves=2"
+    curl = net.host("client").popen(["curl", "-sSN", "-o", output, url])
+    until(lambda: output.exists() and output.stat().st_size == LENGTH // 2, what="half of the answer")
+    a.stop()
+    a.start(crash_at=CRASHES[0])
+    process = a.process
+    assert process is not None
+    chosen = ["migrate", "--local", f"{net.vip4}:{PORT}", "--state", "ESTABLISHED"]
+    a.tcpmig(*chosen, "--to", b.address, "--steer", VIP)
+    until(lambda: process.poll() is not None, what="the agent dies")
+    a.start()
+    until(lambda: a.settled() and b.settled(), what="both settled")
+    gate.write_text("2")  # the rest
+    assert curl.wait(20) == 0
+    assert output.read_bytes() == b"".join(map(block, range(LENGTH // BLOCK)))
