@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -16,8 +17,10 @@ from migrate.agent.engine import Engine
 from migrate.agent.logging import get_logger
 from migrate.errors import Error, HostError, UsageError
 from migrate.fourtuple import FourTuple, parse_endpoint
+from migrate.kernel import sockopt
+from migrate.selection import Selector, Takers, find
 
-__all__ = ["Adopters", "Rule", "open_gate", "parse_rule"]
+__all__ = ["Adopters", "Rule", "open_gate", "parse_rule", "speaks"]
 
 _log = get_logger(__name__)
 
@@ -121,3 +124,16 @@ def open_gate(engine: Engine, gate: Gate) -> None:
         gate.go()
     except HostError as error:
         _log.error("adoption failed", why=str(error))
+
+
+def speaks(each: FourTuple) -> bool:
+    """Whether the socket of that connection, at whatever owner, has left repair mode."""
+    found = next(iter(find(Selector(connection=each))), None)
+    if found is None or not found.owners:
+        return False
+    with Takers() as takers:
+        sockets, _failures = takers.take({each: found.owners})
+    for sock in sockets.values():
+        with sock, contextlib.suppress(OSError):
+            return not sockopt.in_repair(sock)
+    return False

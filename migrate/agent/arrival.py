@@ -13,7 +13,7 @@ import msgspec
 
 from migrate.adopt.spawner import Gate
 from migrate.adopt.unix import AppAdoption
-from migrate.agent.adoption import Rule, open_gate
+from migrate.agent.adoption import Rule, open_gate, speaks
 from migrate.agent.applications import offer
 from migrate.agent.caller import CALLER, Giver
 from migrate.agent.driver import Driver, Handoff, Host, tuples_of
@@ -29,7 +29,7 @@ from migrate.handoff.events import Restored as Built
 from migrate.handoff.ids import Connection, new_id
 from migrate.handoff.messages import Message, Offer, Prepare, Query
 from migrate.ici import Ici
-from migrate.kernel import sockopt, uapi
+from migrate.kernel import uapi
 from migrate.kernel.diag import SockDiag
 from migrate.kernel.segment import four_tuple
 from migrate.rebuild import activate_many, restore_many
@@ -269,7 +269,7 @@ class Arrivals(Driver):
             found = self._diag.exists(connection.four_tuple)
             if not found:
                 missing.append(connection)
-            elif not _speaks(connection.four_tuple):
+            elif not speaks(connection.four_tuple):
                 waiting = True  # an adopter that is just closing its gate
         refused = self._build(batch, missing, records)
         if refused or waiting:
@@ -384,18 +384,3 @@ def _descriptors_left() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Since Linux 6.2 the directory's size is their number, which is quicker than to list thousands.
     return soft - (os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))) - 64
-
-
-def _speaks(each: FourTuple) -> bool:
-    """Whether the socket of that connection, at whatever owner, has left repair mode."""
-    from migrate.selection import Selector, Takers, find
-
-    found = next(iter(find(Selector(connection=each))), None)
-    if found is None or not found.owners:
-        return False
-    with Takers() as takers:
-        sockets, _failures = takers.take({each: found.owners})
-    for sock in sockets.values():
-        with sock, contextlib.suppress(OSError):
-            return not sockopt.in_repair(sock)
-    return False
