@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from migrate import errors
 from migrate.agent.errors import code_of, status_details, to_problem
@@ -32,11 +33,11 @@ def wrapped(handler: grpc.RpcMethodHandler[Any, Any] | None, around: Around) -> 
 
     async def unary(request: Any, context: Context) -> Any:
         async with around(context):
-            return await inner(request, context)
+            return await inner(_sound(request), context)
 
     async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
         async with around(context):
-            responses = inner(request, context)
+            responses = inner(_sound(request), context)
             if not hasattr(responses, "__aiter__"):  # it writes to the context itself
                 await responses
                 return
@@ -46,9 +47,32 @@ def wrapped(handler: grpc.RpcMethodHandler[Any, Any] | None, around: Around) -> 
 
     behaviour = stream if handler.response_streaming else unary
     rebuilt: grpc.RpcMethodHandler[Any, Any] = make(
-        behaviour, handler.request_deserializer, handler.response_serializer
+        behaviour,
+        _parser(handler.request_deserializer, streaming=handler.request_streaming),
+        handler.response_serializer,
     )
     return rebuilt
+
+
+def _parser(parse: Callable[[bytes], Any], *, streaming: bool) -> Callable[[bytes], Any]:
+    """What is no message becomes a UsageError: raised, or in the request's place."""
+
+    def parsed(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError:
+            error = errors.UsageError("the request is no message of this call", hint="is the caller's .proto ours?")
+            if streaming:
+                raise error from None
+            return error  # what is raised before the handler runs nobody reports
+
+    return parsed
+
+
+def _sound(request: Any) -> Any:
+    if isinstance(request, errors.Error):
+        raise request
+    return request
 
 
 class ErrorReporter(grpc.aio.ServerInterceptor):
