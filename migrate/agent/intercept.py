@@ -54,12 +54,12 @@ def wrapped(handler: grpc.RpcMethodHandler[Any, Any] | None, around: Around) -> 
     return rebuilt
 
 
-def _parser(parse: Callable[[bytes], Any], *, streaming: bool) -> Callable[[bytes], Any]:
+def _parser(parse: Callable[[bytes], Any] | None, *, streaming: bool) -> Callable[[bytes], Any]:
     """What is no message becomes a UsageError: raised, or in the request's place."""
 
     def parsed(data: bytes) -> Any:
         try:
-            return parse(data)
+            return data if parse is None else parse(data)
         except DecodeError:
             error = errors.UsageError("the request is no message of this call", hint="is the caller's .proto ours?")
             if streaming:
