@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import socket
 import threading
-import time
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -23,47 +20,6 @@ from tests.peers import Peer, Talk, digest, echo_server, listen, noise
 from tests.waiting import until
 
 SIZE = 2 << 20
-
-
-class Talk(threading.Thread):
-    """A client that says a number, hears it, and says the next."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(daemon=True)
-        self._sock = sock
-        self._heard = 0
-        self._over = False
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._sock.settimeout(30)
-            while not self._over:
-                word = b"%012d" % self._heard
-                self._sock.sendall(word)
-                assert self._sock.recv(len(word), socket.MSG_WAITALL) == word
-                self._heard += 1
-                time.sleep(0.001)
-        except BaseException as error:
-            self._error = error
-
-    def heard_more(self) -> Callable[[], bool]:
-        """Tells whether it has heard a word that it had not said before this call."""
-        before = self._heard
-
-        def more() -> bool:
-            if self._error is not None:
-                raise self._error
-            return self._heard > before + 1
-
-        return more
-
-    def end(self) -> None:
-        """Let it hear its last word."""
-        self._over = True
-        self.join(10)
-        assert not self.is_alive() and self._error is None
 
 
 @pytest.mark.parametrize("family", [4, 6])
