@@ -351,7 +351,9 @@ def _refuse_unless_movable(sock: socket.socket) -> None:
         if not multipath and protocol != socket.IPPROTO_TCP:
             raise Refused("it is no TCP socket")
         state = sockopt.state(sock)
-        refused = obstacle(state, multipath=multipath, upper_layer="" if multipath else sockopt.upper_layer(sock))
+        upper_layer = "" if multipath else sockopt.upper_layer(sock)
+        authenticated = not multipath and sockopt.authenticated(sock)
+        refused = obstacle(state, multipath=multipath, upper_layer=upper_layer, authenticated=authenticated)
     except OSError as error:
         raise from_oserror("looking at a connection", error) from None
     if refused is not None:

@@ -8,10 +8,13 @@ from migrate.tcpstate import REBUILD, TcpState
 __all__ = ["obstacle"]
 
 
-def obstacle(state: int, *, multipath: bool = False, upper_layer: str = "") -> Refused | None:
+def obstacle(
+    state: int, *, multipath: bool = False, upper_layer: str = "", signed: bool = False, authenticated: bool = False
+) -> Refused | None:
     """Why a TCP connection in that state cannot be moved, or None if it can.
 
     ``upper_layer`` is the name that TCP_ULP gives ("tls" for TLS in the kernel, "mptcp" for a subflow), empty for none.
+    ``signed`` says that it has keys of TCP-MD5 (RFC 2385), ``authenticated`` of TCP-AO (RFC 5925).
     """
     if multipath or upper_layer == "mptcp":
         return Refused(
@@ -25,4 +28,11 @@ def obstacle(state: int, *, multipath: bool = False, upper_layer: str = "") -> R
         return Refused("its TLS keys live in the kernel (kTLS)", hint="switch kernel TLS off in the application")
     if upper_layer:
         return Refused(f"its upper layer {upper_layer!r} lives in the kernel, which gives no copy of it")
+    if authenticated:
+        return Refused("it is authenticated (TCP-AO), and the kernel gives no copy of its keys")
+    if signed:
+        return Refused(
+            "its segments are signed (TCP-MD5), and a record has no key unless somebody puts it there",
+            hint="a program that knows the key can: docs/options.md, TCP_MD5SIG",
+        )
     return None

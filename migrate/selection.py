@@ -43,7 +43,7 @@ class Found(NamedTuple):
     @property
     def obstacle(self) -> Error | None:
         """Why it cannot be moved, as far as can be seen from outside; needs diag's Extension.INFO."""
-        refused = obstacle(self.connection.state, upper_layer=self.connection.ulp)
+        refused = obstacle(self.connection.state, upper_layer=self.connection.ulp, signed=self.connection.signed)
         if refused is None and not self.owners:
             return Refused("no process has it open")
         return refused

@@ -342,7 +342,7 @@ REBUILD: Final[Mapping[TcpState, Rebuild]] = {
         Way.CONNECT, "the send queue begins at snd_una, which is ISS, so that connect() repeats the SYN", speaks=True
     ),
     TcpState.SYN_RECEIVED: Rebuild(
-        Way.WAIT, "the handshake has no descriptor yet: it will have one, or end", dumpable=False
+        Way.WAIT, "its handshake is under way: it will be ESTABLISHED, or end", dumpable=False
     ),
     TcpState.ESTABLISHED: Rebuild(Way.REPAIR, "repair mode gives this state"),
     TcpState.FIN_WAIT_1: Rebuild(Way.REPAIR, "our FIN is out", (Step.SHUTDOWN,)),

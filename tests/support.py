@@ -86,8 +86,10 @@ connections that nobody has accepted. "–": there is nothing to try.
   to the owner and waits until it has accepted them. Once taken they cannot be put back: if the dump fails they end.
 - **SYN_RECEIVED** is waited for, three seconds unless `--wait-handshakes` says more; then the dump is refused.
 - **TIME_WAIT** is made anew if its numbers are known (its socket is still open, or a record is older than it). Else the
-  destination keeps the four-tuple free for the time that is left.
-- **CLOSED.** A pending error comes back as ECONNRESET: to ask which one it is would take it away from the application.
+  destination keeps the four-tuple free for the time that is left: neither a socket option nor sock_diag tells the
+  numbers of a TIME_WAIT whose socket is closed.
+- **CLOSED.** A pending error comes back as ECONNRESET. To ask which one it is (SO_ERROR) would take it away from the
+  application, and no silent way leads to most others.
 - **SYN_SENT.** The SYN is repeated after a second at the latest, as any lost SYN.
 
 ## Features
@@ -105,7 +107,8 @@ connections that nobody has accepted. "–": there is nothing to try.
 | ECN | moves with agents and `tcpmig restore` where BPF is allowed ([how](path-state.md)); else goes on without |
 | AccECN | in the record, not restored: its counters cannot be set |
 | round-trip time | in the record, not restored: the kernel measures it again |
-| Multipath TCP, TLS in the kernel | refused before anything is touched |
+| Multipath TCP, TLS in the kernel, TCP-AO | refused before anything is touched |
+| TCP-MD5 | refused likewise: the record has no key unless a program puts it there ([how](options.md)) |
 """
 BESIDE = """## Beside CRIU's test suite
 

@@ -24,7 +24,6 @@ from migrate.hold import Hold
 from migrate.ici import FourTuple, Ici
 from migrate.kernel import pidfd, sockopt
 from migrate.kernel.priority import undisturbed
-from migrate.obstacle import obstacle
 from migrate.sealed import Key
 from migrate.tcpstate import TcpState
 from migrate.unconnected import frozen_listener
@@ -109,11 +108,12 @@ def _take(
     """A descriptor of each connection, out of one of its owners; nothing is touched yet."""
     sockets: dict[FourTuple, socket.socket] = {}
     processes: dict[int, int] = {}
-    for connection, owners in found:
+    for each in found:
+        connection, owners = each
         name = str(connection.four_tuple)
         try:
-            if not owners:
-                raise obstacle(connection.state) or Refused("no process has it open")
+            if (why := each.obstacle) is not None:
+                raise why
             owner = owners[0]
             if owner.pid not in processes:
                 processes[owner.pid] = pidfd.open_process(owner.pid)

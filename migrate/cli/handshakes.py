@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from migrate.cli import holds, selector
 from migrate.ici import FourTuple, parse_endpoint
 from migrate.kernel import sockopt
+from migrate.kernel.diag import Extension
 from migrate.tcpstate import TcpState
 from migrate.unconnected import HANDSHAKES, settle
 
@@ -33,7 +34,7 @@ def find(chosen: selector.Selector, seconds: float | None) -> list[selector.Foun
     """What the selector means, as soon as no handshake is under way among it, or the time is over."""
     limit = time.monotonic() + (HANDSHAKES if seconds is None else seconds)
     while True:
-        found = selector.find(chosen)
+        found = selector.find(chosen, extensions=Extension.INFO)
         if time.monotonic() > limit or not any(_unfinished(each, owned=seconds is not None) for each in found):
             return found
         time.sleep(_PAUSE)

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 def _row(connection: Connection, owners: Sequence[Owner]) -> tuple[str, ...]:
     local, local_port, remote, remote_port = connection.four_tuple
-    name, answer, _ = _judged(connection.state, connection.ulp, bool(owners))
+    name, answer, _ = _judged(connection.state, connection.ulp, connection.signed, bool(owners))
     receive, send = connection.recv_queue, connection.send_queue
     return (
         f"{_address(local)}:{local_port}",
@@ -56,7 +56,7 @@ def _row(connection: Connection, owners: Sequence[Owner]) -> tuple[str, ...]:
 
 def _object(connection: Connection, owners: Sequence[Owner]) -> dict[str, object]:
     local, _, remote = str(connection.four_tuple).partition(",")
-    name, _, reason = _judged(connection.state, connection.ulp, bool(owners))
+    name, _, reason = _judged(connection.state, connection.ulp, connection.signed, bool(owners))
     info = connection.info
     return {
         "local": local,
@@ -72,9 +72,9 @@ def _object(connection: Connection, owners: Sequence[Owner]) -> dict[str, object
 
 
 @functools.cache
-def _judged(state: TcpState, upper_layer: str, owned: bool) -> tuple[str, str, str | None]:
+def _judged(state: TcpState, upper_layer: str, signed: bool, owned: bool) -> tuple[str, str, str | None]:
     """The state's name, whether the connection can migrate, and why not, for people and for programs."""
-    refused = obstacle(state, upper_layer=upper_layer)
+    refused = obstacle(state, upper_layer=upper_layer, signed=signed)
     if refused is None and not owned:
         refused = Refused("no process has it open")
     return state.name, "yes" if refused is None else f"no: {refused.what}", None if refused is None else str(refused)

@@ -35,7 +35,7 @@ SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21  # include/uapi/linux/sock_diag.h
 INET_DIAG_REQ_BYTECODE = 1  # include/uapi/linux/inet_diag.h
 INET_DIAG_BC_S_COND, INET_DIAG_BC_D_COND = 7, 8
 INET_DIAG_INFO, INET_DIAG_CONG, INET_DIAG_SKMEMINFO = 2, 4, 7
-INET_DIAG_MARK, INET_DIAG_ULP_INFO, INET_ULP_INFO_NAME = 15, 19, 1
+INET_DIAG_MARK, INET_DIAG_MD5SIG, INET_DIAG_ULP_INFO, INET_ULP_INFO_NAME = 15, 18, 19, 1
 NO_COOKIE = 0xFFFF_FFFF_FFFF_FFFF
 
 _INT = struct.Struct("=i")
@@ -114,6 +114,11 @@ class Connection(NamedTuple):
     def mark(self) -> int:
         """SO_MARK; 0 also where this process lacks CAP_NET_ADMIN."""
         return int.from_bytes(self.attribute(INET_DIAG_MARK) or b"", sys.byteorder)
+
+    @property
+    def signed(self) -> bool:
+        """Whether it has keys of TCP_MD5SIG, if Extension.INFO was asked for; False also without CAP_NET_ADMIN."""
+        return self.attribute(INET_DIAG_MD5SIG) is not None
 
     @property
     def ulp(self) -> str:

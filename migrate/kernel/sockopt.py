@@ -26,6 +26,7 @@ from migrate.kernel import uapi
 
 __all__ = [
     "at_mark",
+    "authenticated",
     "begin_queues",
     "congestion",
     "disconnect",
@@ -62,6 +63,7 @@ _WINDOW = struct.Struct("=5I")  # struct tcp_repair_window
 _pack_window = _WINDOW.pack
 _meminfo = struct.Struct("=II12xI").unpack_from  # three of SK_MEMINFO_*
 _OPTION = struct.Struct("=II")  # struct tcp_repair_opt
+_AO_INFO_BYTES = 104  # of struct tcp_ao_info_opt
 _FOUR = bytes(4)
 _UNSPEC = bytes(16)  # struct sockaddr, sa_family AF_UNSPEC
 
@@ -215,6 +217,15 @@ def _text(raw: bytes) -> str:
 def upper_layer(sock: socket.socket) -> str:
     """TCP_ULP: the name of the protocol that the kernel runs above TCP ("tls"), or empty."""
     return _text(sock.getsockopt(_TCP, uapi.TCP_ULP, 16))
+
+
+def authenticated(sock: socket.socket) -> bool:
+    """Whether it has keys of TCP-AO (RFC 5925)."""
+    try:
+        sock.getsockopt(_TCP, uapi.TCP_AO_INFO, _AO_INFO_BYTES)
+    except OSError:  # ENOENT, and ENOPROTOOPT where the kernel has no TCP-AO
+        return False
+    return True
 
 
 def timestamp(sock: socket.socket) -> int:

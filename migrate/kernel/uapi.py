@@ -50,3 +50,4 @@ SIOCOUTQNSD = 0x894B
 # include/uapi/linux/in.h and tcp.h: what cannot be moved shows here
 IPPROTO_MPTCP = 262
 TCP_ULP = 31
+TCP_AO_INFO = 40

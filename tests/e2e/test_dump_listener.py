@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from migrate.kernel import diag
+from migrate.kernel.option_values import md5_key
 from migrate.tcpstate import TcpState
 from tests.fix_netns import Lan, LanFactory
 from tests.waiting import until
@@ -130,3 +131,24 @@ def test_restore_waits_for_the_address(server: Server, tmp_path: Path) -> None:
         server.net.assign(server.b, server.net.vip4)
         server.net.host("client").run(["ip", "neigh", "flush", "all"])
         assert client.recv(10) == b"early"
+
+
+def test_a_signed_connection_is_refused_before_it_is_touched(server: Server, tmp_path: Path) -> None:
+    with server.net.host("client").entered(), server.a.entered():
+        listener = socket.create_server((server.net.vip4, 0))
+    file = tmp_path / "signed.ici"
+    with listener, server.net.host("client").entered(), socket.socket() as client:
+        ends = (listener, server.net.host("client").ip4), (client, server.net.vip4)
+        for sock, remote in ends:
+            sock.setsockopt(socket.IPPROTO_TCP, 14, md5_key(socket.inet_aton(remote), b"a secret"))
+        client.settimeout(10)
+        client.connect(listener.getsockname())
+        with listener.accept()[0] as ours:
+            chosen = ["--local", "{}:{}".format(*ours.getsockname()), "--state", "ESTABLISHED"]
+            (listed,) = server.a.run([*TCPMIG, "list", "--json", *chosen]).stdout.splitlines()
+            assert not json.loads(listed)["migratable"] and "TCP-MD5" in json.loads(listed)["reason"]
+            done = server.a.run([*TCPMIG, "dump", *chosen, "-o", file], check=False)
+            assert done.returncode == 1 and "TCP-MD5" in done.stderr and "a secret" not in done.stderr
+            assert not file.exists()
+            ours.send(b"as before")
+            assert client.recv(100) == b"as before"

@@ -15,7 +15,7 @@ from migrate.kernel.segment import CWR, ECE
 from migrate.pathstate import Marks
 from migrate.tcpstate import TcpState
 from tests.e2e.test_states import Field, field
-from tests.fix_netns import Host, ip
+from tests.fix_netns import Host, Lan, ip
 from tests.lives import FAMILIES, Life, judge
 from tests.waiting import until
 
@@ -62,8 +62,9 @@ def test_urgent_data_that_nobody_has_read(field: Field, family: str, before: int
         ends_well(life)
 
 
-def test_a_shut_window_is_probed_from_there(field: Field) -> None:
-    with field.life("ipv4") as life:
+@families
+def test_a_shut_window_is_probed_from_there(field: Field, family: str) -> None:
+    with field.life(family) as life:
         life.passive(lambda sock: sock.setsockopt(socket.SOL_SOCKET, uapi.SO_SNDBUFFORCE, 4 << 20))
         life.send(b"x" * (2 << 20))
         shut = tcpinfo.reader("unacked", "notsent_bytes")
@@ -78,19 +79,22 @@ def test_a_shut_window_is_probed_from_there(field: Field) -> None:
         ends_well(life)
 
 
-def test_a_smaller_mtu_on_the_way_from_there(field: Field) -> None:
-    with field.life("ipv4") as life:
+@families
+def test_a_smaller_mtu_on_the_way_from_there(field: Field, family: str) -> None:
+    mtu, headers, bits = (1300, 72, 128) if family == "ipv6" else (1000, 52, 32)
+    with field.life(family) as life:
         life.passive()
         exchange(life)
         there = life.mover.there
-        ip([f"route add {life.peer_address}/32 dev {there.dev} mtu lock 1000"], namespace=there.netns)
+        route = f"{life.peer_address}/{bits} dev {there.dev}"
+        ip([f"route add {route} mtu lock {mtu}"], namespace=there.netns)
         try:
             life.move()
             exchange(life)
-            assert tcpinfo.reader("snd_mss")(sockopt.tcp_info(life.ours))[0] <= 1000 - 52
+            assert tcpinfo.reader("snd_mss")(sockopt.tcp_info(life.ours))[0] <= mtu - headers
             ends_well(life)
         finally:
-            ip([f"route del {life.peer_address}/32 dev {there.dev}"], namespace=there.netns)
+            ip([f"route del {route}"], namespace=there.netns)
 
 
 def conntrack(host: Host) -> Callable[[], object]:
@@ -105,16 +109,27 @@ def strict(host: Host) -> Callable[[], object]:
 
 
 def policy(host: Host) -> Callable[[], object]:
-    """Its routes come from a table that the address chooses; the main one leads nowhere."""
-    ip([f"route replace 10.0.0.0/24 dev {host.dev} table 77"], namespace=host.netns)
-    host.run(["ip", "rule", "add", "from", "10.0.0.100", "lookup", "77", "priority", "77"])
-    return lambda: host.run(["ip", "rule", "del", "priority", "77"])
+    """Its routes come from a table that the address chooses."""
+    undo = []
+    for version, net, address in (("-4", "10.0.0.0/24", Lan.vip4), ("-6", "fd00::/64", Lan.vip6)):
+        host.run(["ip", version, "route", "replace", net, "dev", host.dev, "table", "77"])
+        host.run(["ip", version, "rule", "add", "from", address, "lookup", "77", "priority", "77"])
+        undo.append(["ip", version, "rule", "del", "priority", "77"])
+    return lambda: [host.run(command) for command in undo]
+
+
+HAVE = [
+    (how, family) for how in (conntrack, strict, policy) for family in FAMILIES if (how, family) != (strict, "ipv6")
+]
 
 
 @pytest.mark.parametrize("state", [TcpState.ESTABLISHED, TcpState.CLOSE_WAIT], ids=lambda state: state.name)
-@pytest.mark.parametrize("how", [conntrack, strict, policy], ids=lambda how: how.__name__)
-def test_what_hosts_have(field: Field, how: Callable[[Host], Callable[[], object]], state: TcpState) -> None:
-    with contextlib.ExitStack() as undo, field.life("ipv4", full=True) as life:
+@pytest.mark.parametrize(("how", "family"), HAVE, ids=lambda value: getattr(value, "__name__", value))
+def test_what_hosts_have(
+    field: Field, how: Callable[[Host], Callable[[], object]], family: str, state: TcpState
+) -> None:
+    """IPv6 has no rp_filter."""
+    with contextlib.ExitStack() as undo, field.life(family, full=True) as life:
         for host in (life.mover.here, life.mover.there):
             undo.callback(how(host))
         life.passive()
@@ -128,10 +143,11 @@ def test_what_hosts_have(field: Field, how: Callable[[Host], Callable[[], object
         judge(life.wire.segments, life.four_tuple, closed=False)
 
 
+@families
 @pytest.mark.parametrize("units", [(1, 1), (2, 2), (1, 2), (2, 1)], ids=["ms", "us", "ms to us", "us to ms"])
-def test_timestamps_in_both_units(field: Field, units: tuple[int, int]) -> None:
+def test_timestamps_in_both_units(field: Field, units: tuple[int, int], family: str) -> None:
     """The unit is the sender's own affair: the peer echoes numbers, which have to grow."""
-    with field.life("ipv4") as life:
+    with field.life(family) as life:
         life.passive()
         exchange(life)
         for unit in units:
@@ -172,12 +188,13 @@ def test_fast_open(field: Field) -> None:
         ends_well(life)
 
 
-def test_what_came_out_of_order_is_left_to_the_peer(field: Field) -> None:
-    with field.life("ipv4") as life:
+@families
+def test_what_came_out_of_order_is_left_to_the_peer(field: Field, family: str) -> None:
+    with field.life(family) as life:
         life.passive()
         host = life.mover.here
         rule = f'iifname "{host.dev}" tcp dport {life.four_tuple.local_port} meta length > 1000 numgen inc mod 4 0 drop'
-        host.run(["nft", f"table ip loss {{ chain c {{ type filter hook prerouting priority -250; {rule}; }}; }}"])
+        host.run(["nft", f"table inet loss {{ chain c {{ type filter hook prerouting priority -250; {rule}; }}; }}"])
         try:
             life.expected_by_us = bytes(number % 251 for number in range(14_000))
             life.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -187,7 +204,7 @@ def test_what_came_out_of_order_is_left_to_the_peer(field: Field) -> None:
             until(lambda: info(sockopt.tcp_info(life.ours))[0] > 0, what="a hole")
             life.move()
         finally:
-            host.run(["nft", "delete table ip loss"])
+            host.run(["nft", "delete table inet loss"])
         ends_well(life)
 
 

@@ -104,13 +104,14 @@ def test_a_connection_lives_on(field: Field, state: TcpState, family: str, full:
     lives_on(field, state, family, full)
 
 
+@pytest.mark.parametrize("family", ["ipv4", "ipv6"])
 @pytest.mark.parametrize("without", FEATURES)
 @pytest.mark.parametrize("state", DATA, ids=lambda state: state.name)
-def test_without_a_feature(field: Field, state: TcpState, without: str) -> None:
+def test_without_a_feature(field: Field, state: TcpState, without: str, family: str) -> None:
     for host in field.net.hosts.values():
         host.sysctl(FEATURES[without], 0)
     try:
-        lives_on(field, state, "ipv4", True)
+        lives_on(field, state, family, True)
     finally:
         for host in field.net.hosts.values():
             host.sysctl(FEATURES[without], 1)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from migrate.errors import HostError, KernelError, PrivilegeError
 from migrate.fourtuple import FourTuple
-from migrate.kernel import diag, netns, tcpinfo
+from migrate.kernel import diag, netns, option_values, tcpinfo
 from migrate.kernel.diag import Connection, Endpoint, Extension, SockDiag
 from migrate.tcpstate import TcpState
 from tests.fix_netns import Host, LanFactory
@@ -259,6 +259,19 @@ def test_extensions(scene: Scene) -> None:
     assert told._replace(last_data_sent=0, last_data_recv=0, last_ack_recv=0) == own._replace(
         last_data_sent=0, last_data_recv=0, last_ack_recv=0
     )
+
+
+def test_signed_connections_show(lan: LanFactory) -> None:
+    host = lan("a").host("a")
+    with host.entered(), socket.create_server((host.ip4, 0)) as listener, socket.socket() as client:
+        for sock in (listener, client):
+            sock.setsockopt(socket.IPPROTO_TCP, 14, option_values.md5_key(socket.inet_aton(host.ip4), b"key"))
+        client.connect(listener.getsockname())
+        with listener.accept()[0], socket.create_server((host.ip4, 0)) as plain, socket.socket() as other:
+            other.connect(plain.getsockname())
+            found = diag.list_connections(extensions=diag.Extension.INFO)
+            ports = {each.four_tuple.local_port for each in found if each.signed}
+            assert ports == {listener.getsockname()[1], client.getsockname()[1]}
 
 
 def test_mptcp_subflows_show(lan: LanFactory) -> None:

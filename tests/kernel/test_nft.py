@@ -221,14 +221,15 @@ def test_more_than_a_socket_may_send_is_refused_whole_and_says_what_helps(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with holding(host) as (table, _):
+        table._netfilter._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # whatever the host's default
         monkeypatch.setattr(type(table._netfilter), "_enlarge_send_buffer", lambda *_: None)
-        with pytest.raises(HostError, match=r"sysctl net.core.wmem_max=\d{7}"):
-            table.add(many(20_000), 60)
+        with pytest.raises(HostError, match=r"sysctl net.core.wmem_max=\d{6}"):
+            table.add(many(3000), 60)
         assert not table.elements()
         assert not table.members
         monkeypatch.undo()
-        table.add(many(20_000), 60)
-        assert len(table.elements()) == 20_000
+        table.add(many(3000), 60)
+        assert table.elements().keys() == set(many(3000))
 
 
 def test_one_bad_element_changes_nothing(host: Host) -> None:
