@@ -141,9 +141,7 @@ def page(results: Mapping[tuple[str, str], bool]) -> str:
         lines.append(f"| {state.name} | {plan.way.value} | {' | '.join(cells)} |")
     lines += [
         LIMITS,
-        "## Beside CRIU's test suite",
-        "",
-        "CRIU 4.2 passes its own cases, between processes of one host.",
+        BESIDE,
     ]
     for case, what, file, name in CRIU:
         lines.append(f"| {case} | {what} | `{file}::{name.partition('[')[0]}` | {result(file, name)} |")

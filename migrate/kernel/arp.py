@@ -9,6 +9,7 @@ import errno
 import fcntl
 import socket
 import struct
+import time
 from typing import Self
 
 from migrate.errors import Error, HostError, NotFound, UsageError, from_oserror
@@ -27,6 +28,8 @@ _ARP = struct.Struct("!HHBBH6s4s6s4s")
 _IPV6 = struct.Struct("!IHBB16s16s")
 _PSEUDO = struct.Struct("!16s16sII")
 _ADVERTISEMENT = struct.Struct("!BBHI16sBB6s")
+
+_ATTEMPTS, _PAUSE = 20, 0.001  # seconds between two attempts
 
 _BROADCAST = b"\xff" * 6
 _ALL_NODES, _ALL_NODES_MAC = socket.inet_pton(socket.AF_INET6, "ff02::1"), b"\x33\x33\x00\x00\x00\x01"
@@ -76,9 +79,20 @@ class Announcer:
         try:
             mac = _hardware_address(self._socket, self._device)
             for frame in _arp(mac, address) if len(address) == 4 else [_advertisement(mac, address)]:
-                self._socket.send(frame)
+                self._send(frame)
         except OSError as error:
             raise _explained(self._device, error) from None
+
+    def _send(self, frame: bytes) -> None:
+        for _ in range(_ATTEMPTS):
+            try:
+                self._socket.send(frame)
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # the device's queue is full
+                    raise
+            time.sleep(_PAUSE)
+        self._socket.send(frame)
 
 
 def announce(device: str, address: bytes) -> None:

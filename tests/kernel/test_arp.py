@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 
 import pytest
 
-from migrate.errors import HostError, NotFound, UsageError
+from migrate.errors import HostError, KernelError, NotFound, UsageError
 from migrate.kernel.arp import Announcer, announce
 from tests.fix_netns import Host, LanFactory
 from tests.kernel.pairs import unprivileged
@@ -119,3 +120,28 @@ def test_bad_input_and_devices(lan: LanFactory) -> None:
 def test_privilege_is_asked_for() -> None:
     said = unprivileged(lambda: announce("lo", bytes(4)))
     assert said == "PrivilegeError: announcing an address on lo: not permitted (needs CAP_NET_RAW; run as root)"
+
+
+@pytest.mark.parametrize(("full", "sent"), [(0, 2), (3, 2), (1000, 0)])
+def test_a_full_queue_is_waited_for(lan: LanFactory, monkeypatch: pytest.MonkeyPatch, full: int, sent: int) -> None:
+    host = lan("a").host("a")
+    with host.entered(), Announcer(host.dev) as announcer:
+        real, frames, refusals = announcer._socket, [], iter(range(full))
+
+        class Queue:
+            """Of the device: has no room ``full`` times."""
+
+            fileno, close = real.fileno, real.close
+
+            def send(self, frame: bytes) -> None:
+                if next(refusals, None) is not None:
+                    raise OSError(errno.ENOBUFS, "no room")
+                frames.append(frame)
+
+        monkeypatch.setattr(announcer, "_socket", Queue())
+        if sent:
+            announcer.announce(socket.inet_aton(host.ip4))
+        else:
+            with pytest.raises(KernelError, match="ENOBUFS"):
+                announcer.announce(socket.inet_aton(host.ip4))
+        assert len(frames) == sent
