@@ -11,7 +11,7 @@ import operator
 import socket
 from collections.abc import Iterable, Sequence
 
-from migrate.errors import Error, from_oserror
+from migrate.errors import Error
 from migrate.ici import Ici
 from migrate.kernel import batch, options, sockopt, uapi
 from migrate.refill import RECEIVE, SEND, fill
@@ -23,7 +23,6 @@ from migrate.restore import (
     choose_congestion,
     discard,
     restore_with,
-    send_unsent,
 )
 from migrate.tcpstate import TcpState
 
@@ -64,13 +63,20 @@ def activate_many(socks: Sequence[socket.socket]) -> list[Error | None]:
     results: list[Error | None] = []
     for start in range(0, len(socks), batch.MOST):
         some = socks[start : start + batch.MOST]
-        plain = [(sock, sock.record) for sock in some if isinstance(sock, Restored) and sock.record is not None]
-        if together and len(plain) == len(some) and all(record.state == _ESTABLISHED for _, record in plain):
+        # What was never sent is written right after repair mode is left: a kill in between would lose it.
+        plain = [
+            sock for sock in some if isinstance(sock, Restored) and sock.record is not None and _plain(sock.record)
+        ]
+        if together and len(plain) == len(some):
             with together.lock:
                 results += _speak(together, plain)
         else:
             results += [_activate(sock) for sock in some]
     return results
+
+
+def _plain(record: Ici) -> bool:
+    return record.state == _ESTABLISHED and not record.unsent
 
 
 def _some(together: batch.Batch, defaults: Defaults, records: Sequence[Ici]) -> Results:
@@ -200,28 +206,17 @@ def _one(defaults: Defaults, record: Ici) -> Restored | Error:
         return error
 
 
-def _speak(together: batch.Batch, plain: Sequence[tuple[Restored, Ici]]) -> list[Error | None]:
-    failed = together.leave_repair(
-        [sock.fileno() for sock, _ in plain], [bool(ici.sent or ici.unsent) for _, ici in plain]
-    )
-    if failed:
-        return [_activate(sock) for sock, _ in plain]
+def _speak(together: batch.Batch, socks: Sequence[Restored]) -> list[Error | None]:
+    probes = [sock.record is not None and bool(sock.record.sent) for sock in socks]
+    if together.leave_repair([sock.fileno() for sock in socks], probes):
+        return [_activate(sock) for sock in socks]
     try:
-        _set_options(together, _groups(sock for sock, _ in plain), options.Phase.AFTER_REPAIR)
+        _set_options(together, _groups(socks), options.Phase.AFTER_REPAIR)
     except Error as error:
-        return [error] * len(plain)
-    results: list[Error | None] = []
-    for sock, ici in plain:
-        try:
-            if ici.unsent:
-                send_unsent(sock, ici)
-            sock.record = None
-            results.append(None)
-        except Error as error:
-            results.append(error)
-        except OSError as error:
-            results.append(from_oserror("activating a restored connection", error))
-    return results
+        return [error] * len(socks)
+    for sock in socks:
+        sock.record = None
+    return [None] * len(socks)
 
 
 def _activate(sock: socket.socket) -> Error | None:

@@ -46,7 +46,6 @@ __all__ = [
     "discard",
     "restore",
     "restore_with",
-    "send_unsent",
 ]
 
 Defaults = dict[tuple[bytes, bytes], str]  # the congestion control that a connection between two addresses begins with
@@ -217,16 +216,11 @@ def _activate(sock: Restored, ici: Ici) -> None:
     if ici.options:
         sock.unset += options.apply(sock, ici.options, options.Phase.AFTER_REPAIR)
     if ici.unsent:
-        send_unsent(sock, ici)
+        fill(sock, ici.unsent, SEND, before=len(ici.sent))
+        if _steps_wait(ici):
+            with netns.entered_with(sock):  # segments are injected
+                _take_steps(sock, ici, _PLANS[ici.state].steps)
     sock.record = None
-
-
-def send_unsent(sock: Restored, ici: Ici) -> None:
-    """What was never sent, as any application would send it, and the FIN that comes after it."""
-    fill(sock, ici.unsent, SEND, before=len(ici.sent))
-    if _steps_wait(ici):
-        with netns.entered_with(sock):  # segments are injected
-            _take_steps(sock, ici, _PLANS[ici.state].steps)
 
 
 def _steps_wait(ici: Ici) -> bool:
