@@ -9,6 +9,7 @@ with scene.dial() as sock:                          # through it
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import socket
 from collections.abc import Iterator
@@ -75,25 +76,26 @@ class Balancer:
         self.host.run(["nft", f"add rule {self.kind} nat prerouting tcp dport {PORT} dnat to {to}"])
 
     @contextlib.contextmanager
-    def apart(self, port: int, *, both: bool = True) -> Iterator[None]:
-        """Meanwhile nothing passes from the hosts to the client's ``port``, and with ``both`` nothing from it."""
-        rules = [
-            f"add table {self.kind} moving",
-            f"add chain {self.kind} moving early {{ type filter hook prerouting priority -300; }}",
-            f"add rule {self.kind} moving early {self.kind} daddr {self.client} tcp dport {port} drop",
-        ]
-        self.host.run(["nft", "; ".join(rules)])
+    def apart(self, port: int) -> Iterator[None]:
+        """Meanwhile nothing passes between the hosts and the client's ``port``."""
+        with self.deaf_to(f"daddr {self.client} tcp dport {port}"):
+            self.drop(f"saddr {self.client} tcp sport {port}")
+            yield
+
+    @contextlib.contextmanager
+    def deaf_to(self, what: str) -> Iterator[None]:
+        """Meanwhile this does not pass, nor what is dropped besides."""
+        chain = f"add chain {self.kind} moving early {{ type filter hook prerouting priority -300; }}"
+        self.host.run(["nft", f"add table {self.kind} moving; {chain}"])
         try:
-            if both:
-                self.stop(port)
+            self.drop(what)
             yield
         finally:
             self.host.run(["nft", "delete table", self.kind, "moving"])
 
-    def stop(self, port: int) -> None:
-        """Nothing from the client's ``port`` passes either."""
-        rule = f"{self.kind} saddr {self.client} tcp sport {port} drop"
-        self.host.run(["nft", f"add rule {self.kind} moving early {rule}"])
+    def drop(self, what: str) -> None:
+        """Within `deaf_to`: this does not pass either."""
+        self.host.run(["nft", f"add rule {self.kind} moving early {self.kind} {what} drop"])
 
     def repoint(self, port: int, backend: Host) -> None:
         """The connection's segments go there from now on."""
@@ -139,10 +141,10 @@ class Scene:
         lines = host.run(["ss", "-Htn", "state", "connected", f"( sport = :{BEHIND} )"]).stdout.splitlines()
         return [line.split()[3] for line in lines]
 
-    def unacknowledged(self, host: Host) -> int:
-        """Bytes that the service's connections there have sent, and the client has not acknowledged."""
-        lines = host.run(["ss", "-Htn", f"( sport = :{BEHIND} )"]).stdout.splitlines()
-        return sum(int(line.split()[2]) for line in lines)
+    def received(self, host: Host) -> int:
+        """Bytes that have come to the service's connections since they are there."""
+        said = host.run(["ss", "-Htni", f"( sport = :{BEHIND} )"]).stdout
+        return sum(map(int, re.findall(r"bytes_received:(\d+)", said)))
 
     @staticmethod
     def says(sock: socket.socket, word: bytes) -> bool:
