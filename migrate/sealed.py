@@ -107,7 +107,7 @@ class Key:
         container = _Container(self, os.urandom(16), context)
         view = memoryview(data).cast("B")
         cuts = range(0, len(view) or 1, CHUNK)
-        return container.header + b"".join(container.seal(view[at : at + CHUNK], at == cuts[-1]) for at in cuts)
+        return b"".join((container.header, *(container.seal(view[at : at + CHUNK], at == cuts[-1]) for at in cuts)))
 
     def open(self, container: Buffer, context: bytes = b"") -> bytes:
         """The data of a container. Raises RecordError as `read_records` does."""

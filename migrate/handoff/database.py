@@ -45,6 +45,8 @@ class Database:
         run = self.connection.execute
         if run("PRAGMA application_id").fetchone()[0] not in (0, application):
             raise HostError(f"{self.path} belongs to another program", hint="name another file")
+        # A record of some MiB is a blob: fewer pages to write one by one, and no checkpoint in the midst of a handoff.
+        run("PRAGMA page_size=16384")
         run("PRAGMA journal_mode=WAL")
         run("PRAGMA synchronous=OFF")
         run("PRAGMA secure_delete=ON")
