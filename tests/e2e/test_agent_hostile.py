@@ -156,6 +156,10 @@ def test_slow_readers_stop_nobody(lan: LanFactory, agents: Agents) -> None:
         for _ in range(10):
             sock = opened.enter_context(raw_call(a, "/tcpmig.v1.Migration/Watch"))  # and reads nothing
             sock.sendall(frame(0, 1, 1, bytes(5)))
+        drain = migration.DrainRequest(destinations=[b.address], dry_run=True).SerializeToString()
+        for _ in range(10):  # the progress of a move likewise
+            sock = opened.enter_context(raw_call(a, "/tcpmig.v1.Migration/Drain"))
+            sock.sendall(frame(0, 1, 1, b"\0" + len(drain).to_bytes(4) + drain))
         for source, destination in ((a, b), (b, a)) * 2:
             with Client(f"unix:{source.socket}") as caller:
                 only = Selector(connection=FourTuple.parse(name(client)))
