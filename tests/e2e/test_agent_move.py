@@ -9,6 +9,8 @@ import socket
 import subprocess
 from collections.abc import Iterator
 
+import pytest
+
 from migrate.agent.client import Client
 from migrate.fourtuple import FourTuple
 from migrate.kernel.nft import ForwardTable
@@ -27,12 +29,14 @@ ECHO = f"*=systemd:{shlex.join(ADOPTED)}"
 def name(client: socket.socket) -> str:
     """A connection, as the server's host calls it."""
     (local, local_port), (remote, remote_port) = client.getpeername()[:2], client.getsockname()[:2]
+    if ":" in local:
+        local, remote = f"[{local}]", f"[{remote}]"
     return f"{local}:{local_port},{remote}:{remote_port}"
 
 
-def dial(net: Lan, port: int = PORT) -> socket.socket:
+def dial(net: Lan, port: int = PORT, address: str = "") -> socket.socket:
     with net.host("client").entered():
-        sock = socket.create_connection((net.vip4, port), timeout=5)
+        sock = socket.create_connection((address or net.vip4, port), timeout=5)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 
@@ -60,20 +64,26 @@ def serving(host: Host, address: str, port: int = PORT) -> Iterator[subprocess.P
     yield process
 
 
-def test_one_connection_there_and_back(lan: LanFactory, agents: Agents) -> None:
+@pytest.mark.parametrize("family", ["ipv4", "ipv6"])
+def test_one_connection_there_and_back(lan: LanFactory, agents: Agents, family: str) -> None:
     net = lan("client", "a", "b")
     for host in net.hosts.values():
         host.sysctl("net.ipv4.tcp_ecn", 1)
-    net.assign("a", net.vip4)
+    address = net.vip4 if family == "ipv4" else net.vip6
+    net.assign("a", address)
     a, b = agents(net.host("a"), adopt=[ECHO]), agents(net.host("b"), adopt=[ECHO])
-    with serving(net.host("a"), net.vip4), dial(net) as client, net.capture("client") as wire:
+    with (
+        serving(net.host("a"), address),
+        dial(net, address=address) as client,
+        net.capture("client") as wire,
+    ):
         assert says(client, b"before")
         for source, destination in ((a, b), (b, a)):
             done = source.tcpmig("migrate", name(client), "--to", destination.address, "--steer", VIP)
             assert (done.code, done.summary["done"], done.results[name(client)]["ok"]) == (0, 1, True), done
             assert says(client, b"after")
-            assert carries(destination.host, net.vip4)
-            assert not carries(source.host, net.vip4)
+            assert carries(destination.host, address)
+            assert not carries(source.host, address)
     assert not wire.rsts
     assert all(each.ecn for each in wire.segments if each.length), "every segment with data says that it knows ECN"
 
