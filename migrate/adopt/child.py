@@ -83,15 +83,18 @@ def become(
             os.closerange(low + 1, high)
         if session:
             os.setsid()
+        # All that can be done before the word is, since the connection waits for what comes after it.
+        program = shutil.which(command[0]) or command[0]  # a name that is nowhere is searched again, for the error
+        environment = _environment()
+        drop_ambient()  # an agent's privileges are not for whom it starts
         if os.read(waits, 1) != b"g":
             descriptors = [descriptor for descriptor in descriptors if not _silent(descriptor)]
             if not descriptors:
                 os._exit(0)
-        environment = _place(descriptors, systemd=systemd)
+        _place(descriptors, environment, systemd=systemd)
         for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        drop_ambient()  # an agent's privileges are not for whom it starts
-        os.execvpe(command[0], list(command), environment)
+        os.execvpe(program, list(command), environment)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.write(status, (getattr(error, "strerror", None) or repr(error)).encode()[:256])
@@ -112,15 +115,20 @@ def _hush(descriptor: int) -> None:
         sockopt.enter_repair(sock)
 
 
-def _place(descriptors: list[int], *, systemd: bool) -> dict[str, str]:
-    """Put the sockets where the convention wants them; the environment to run with."""
+def _environment() -> dict[str, str]:
+    """This process's, without what another one was told of its sockets."""
     environment = dict(os.environ)
     for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
         environment.pop(name, None)
+    return environment
+
+
+def _place(descriptors: list[int], environment: dict[str, str], *, systemd: bool) -> None:
+    """Put the sockets where the convention wants them, and tell the environment to run with."""
     if not systemd:
         os.dup2(descriptors[0], 0)
         os.dup2(descriptors[0], 1)
-        return environment
+        return
     count = len(descriptors)
     # Move them out of the way first: a target number may be a source number that is still needed.
     beyond = max(LISTEN_FDS_START + count, *descriptors) + 1
@@ -134,7 +142,6 @@ def _place(descriptors: list[int], *, systemd: bool) -> dict[str, str]:
         "LISTEN_PID": str(os.getpid()),
         "LISTEN_FDNAMES": ":".join(["connection"] * count),
     }
-    return environment
 
 
 class _Command:
