@@ -39,6 +39,8 @@ def test_the_core_bench_emits_its_numbers(tmp_path: Path) -> None:
         "64 KiB in the receive queue, Python to C",
         "64 KiB sent, not acknowledged, Python to C",
         "64 KiB not yet sent, Python to C",
+        "eight options set, to none",
+        "all options set, to none",
         "a connection of 300 in batches of 100 to one of 100",
     ]
     for number in report["numbers"]:
