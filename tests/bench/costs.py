@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.bench.measure import ROOT, Contest, Report, narrate
+from tests.bench.measure import ROOT, Contest, Report, narrate, paired
 
 KIB = 1024
 QUEUES = {"receive": "in the receive queue", "unacked": "sent, not acknowledged", "unsent": "not yet sent"}
 
 
 def measure(contest: Contest, report: Report) -> None:
-    times, many, few = (1, 200, 50) if report.quick else (5, 5000, 1000)
+    times, many, few = (1, 200, 50) if report.quick else (9, 5000, 1000)
     table: dict[str, Any] = {}
     idle = _idle(contest, report, times, many, table)
     queues = _queues(contest, report, times, few, table)
@@ -75,14 +75,14 @@ def _options(contest: Contest, report: Report, times: int, few: int, table: dict
     work = {each: partial(contest.subject, connections=few, rounds=3, options=each) for each in words}
     figures = contest.alternate(times, work)
     for each in ("usual", "all"):
-        ratio = _cpu(figures, each) / _cpu(figures, "none")
+        ratio = paired(figures[each]["cpu"], figures["none"]["cpu"])
         report.number(f"{words[each]}, to none", ratio, 1.5, "x", spread=figures[each])
     table |= {f"{words[each]}, Python": _row(one) for each, one in figures.items()}
 
 
 def _scale(contest: Contest, report: Report, table: dict[str, Any]) -> None:
     """Batches of 100, as a handoff makes them: a batch fits into the processor's caches, 10,000 connections do not."""
-    times, many = (1, 300) if report.quick else (5, 10_000)
+    times, many = (1, 300) if report.quick else (9, 10_000)
     narrate(f"100 connections and {many}")
     figures = contest.alternate(
         times,
@@ -96,7 +96,9 @@ def _scale(contest: Contest, report: Report, table: dict[str, Any]) -> None:
         },
     )
     ratios = {
-        f"{order}, {language}": round(_cpu(figures, f"{order}, {language}") / _cpu(figures, f"100, {language}"), 3)
+        f"{order}, {language}": round(
+            paired(figures[f"{order}, {language}"]["cpu"], figures[f"100, {language}"]["cpu"]), 3
+        )
         for order in ("all at once", "batches of 100")
         for language in ("C", "Python")
     }
@@ -106,16 +108,11 @@ def _scale(contest: Contest, report: Report, table: dict[str, Any]) -> None:
         table[name if name.startswith("100,") else f"{many}, {name}"] = _row(one)
 
 
-def _cpu(figures: dict[str, Any], name: str) -> float:
-    median: float = figures[name]["cpu"]["median"]
-    return median
-
-
 def _ratio(report: Report, name: str, figures: dict[str, Any], limit: float) -> None:
     """Processor time decides; all ratios and spreads are kept."""
     python = figures["python"]
     ratios = {
-        f"{figure} to {other}": round(python[figure]["median"] / one[figure]["median"], 3)
+        f"{figure} to {other}": round(paired(python[figure], one[figure]), 3)
         for other, one in figures.items()
         if other != "python"
         for figure in ("cpu", "wall")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -151,16 +152,25 @@ class Contest(AbstractContextManager["Contest"]):
     def alternate(self, times: int, contestants: Mapping[str, Run]) -> dict[str, Any]:
         """Let the contestants take turns; of each, by figure, what `spread` says about all rounds that count.
 
-        With ``hurry`` all at once, as nobody looks at the numbers.
+        ``turns`` of a figure are the medians of each turn, for `paired`. With ``hurry`` all at once, as nobody looks at
+        the numbers.
         """
         with ThreadPoolExecutor(len(contestants) if self._hurry else 1) as track:
             runs = [(name, track.submit(run)) for _ in range(times) for name, run in contestants.items()]
-        rounds: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+        turns: dict[str, list[list[dict[str, float]]]] = {name: [] for name in contestants}
         for name, run in runs:
-            rounds[name] += run.result()
-        return {
-            name: {figure: spread(one[figure] for one in mine) for figure in mine[0]} for name, mine in rounds.items()
-        }
+            turns[name].append(run.result())
+        return {name: {figure: _figure(mine, figure) for figure in mine[0][0]} for name, mine in turns.items()}
+
+
+def _figure(turns: list[list[dict[str, float]]], figure: str) -> dict[str, Any]:
+    of_turns = [[one[figure] for one in rounds] for rounds in turns]
+    return spread(itertools.chain.from_iterable(of_turns)) | {"turns": [round(median(each), 3) for each in of_turns]}
+
+
+def paired(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The median of the ratios of each turn: neighbours on a shared machine spoil both of a turn, or its ratio only."""
+    return float(median(mine / theirs for mine, theirs in zip(one["turns"], other["turns"], strict=True)))
 
 
 def _options(arguments: Mapping[str, int | str]) -> list[str]:
