@@ -95,31 +95,50 @@ def _some(together: batch.Batch, defaults: Defaults, records: Sequence[Ici]) -> 
             socks.append(sock)
             _put(together, len(places), record)
             places.append(place)
-        groups = _groups(socks)
-        _set_options(together, groups, options.Phase.BEFORE_BIND)
-        descriptors = [sock.fileno() for sock in socks]
-        if together.begin(descriptors) is None:  # else no connect(): it would begin a handshake
-            _set_options(together, groups, options.Phase.BEFORE_CONNECT)
-            failed = together.connect(descriptors)
-            for number, (place, sock) in enumerate(zip(places, socks, strict=True)):
-                if failed and (number in failed or -1 in failed):
-                    continue
-                record = records[place]
-                easy = not (record.options or record.received or record.sent) and _usual(record, defaults)
-                if easy or _finish(defaults, sock, record):
-                    results[place] = sock
-            _set_options(together, groups, options.Phase.IN_REPAIR)
-            _set_windows(sock for sock in results if isinstance(sock, Restored))
+        _connect(together, defaults, places, socks, results)
     except (Error, OSError):
         results = [None] * len(records)  # one by one they say why
     if None not in results:
         return results  # type: ignore[return-value]
-    for place, sock in zip(places, socks, strict=False):
-        if results[place] is None:
+    for place, sock in itertools.zip_longest(places, socks):
+        if place is None or results[place] is None:
             discard(sock)
-    for sock in socks[len(places) :]:
-        discard(sock)
     return [result or _one(defaults, record) for result, record in zip(results, records, strict=True)]
+
+
+def _connect(
+    together: batch.Batch,
+    defaults: Defaults,
+    places: Sequence[int],
+    socks: Sequence[Restored],
+    results: list[Restored | Error | None],
+) -> None:
+    """What was put becomes silent connections: ``results`` gets those that do."""
+    groups = _groups(socks)
+    _set_options(together, groups, options.Phase.BEFORE_BIND)
+    descriptors = [sock.fileno() for sock in socks]
+    if together.begin(descriptors) is not None:  # no connect(): it would begin a handshake
+        return
+    _set_options(together, groups, options.Phase.BEFORE_CONNECT)
+    failed = together.connect(descriptors) or ()
+    rest = []  # those that are not finished with this
+    for number, (place, sock) in enumerate(zip(places, socks, strict=True)):
+        if failed and (number in failed or -1 in failed):
+            continue
+        record = sock.record
+        assert record is not None
+        if record.received or record.sent or defaults.get((record.local, record.remote)) != record.congestion:
+            if not _finish(defaults, sock, record):
+                continue
+            rest.append(sock)
+        results[place] = sock
+    if groups:
+        _set_options(together, groups, options.Phase.IN_REPAIR)
+        rest += [sock for chosen, row in groups if not _OF_WINDOWS.isdisjoint(chosen) for sock in row]
+    for sock in rest:
+        ici = sock.record
+        assert ici is not None
+        sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup))
 
 
 def _put(together: batch.Batch, place: int, ici: Ici) -> None:
@@ -149,11 +168,6 @@ def _put(together: batch.Batch, place: int, ici: Ici) -> None:
     )
 
 
-def _usual(ici: Ici, defaults: Defaults) -> bool:
-    """Whether its congestion control is what connect() gave."""
-    return not ici.congestion or defaults.get((ici.local, ici.remote)) == ici.congestion
-
-
 def _finish(defaults: Defaults, sock: Restored, ici: Ici) -> bool:
     """What not all need: congestion control, queues. False if that cannot be."""
     try:
@@ -170,17 +184,10 @@ def _finish(defaults: Defaults, sock: Restored, ici: Ici) -> bool:
     return True
 
 
-def _set_windows(socks: Iterable[Restored]) -> None:
-    """Once more, where what came after may have changed them."""
-    for sock in socks:
-        ici = sock.record
-        assert ici is not None
-        if ici.received or ici.sent or not _OF_WINDOWS.isdisjoint(ici.options):
-            sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup))
-
-
-def _groups(socks: Iterable[Restored]) -> list[tuple[dict[str, options.Value], list[Restored]]]:
+def _groups(socks: Sequence[Restored]) -> list[tuple[dict[str, options.Value], list[Restored]]]:
     """Those in a row that get the same options, of those that get any."""
+    if not any(sock.record and sock.record.options for sock in socks):
+        return []
     of = ((sock.record.options, sock) for sock in socks if sock.record is not None and sock.record.options)
     return [(chosen, [sock for _, sock in row]) for chosen, row in itertools.groupby(of, key=operator.itemgetter(0))]
 
