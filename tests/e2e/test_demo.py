@@ -74,7 +74,8 @@ def test_a_hundred_connections(environment: dict[str, str], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_takes_all_down(number: int, environment: dict[str, str], tmp_path: Path) -> None:
-    command = [*COMMAND, "--connections", "100", "--svg", tmp_path / "picture.svg"]
+    # What a shell starts in the background ignores SIGINT, and so would all that this suite starts.
+    command = ["env", "--default-signal", *COMMAND, "--connections", "100", "--svg", tmp_path / "picture.svg"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as demo:
         assert demo.stderr
         until_moving(demo.stderr)
