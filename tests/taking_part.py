@@ -60,12 +60,14 @@ class Server:
         if self.refuses:
             return None
         self.poll.unregister(descriptor)
+        self.clients[descriptor].lent = True  # what poll() has said about it already no longer counts
         return self.clients[descriptor].state()
 
     def gone(self, _: str, descriptor: int) -> None:
         self.clients.pop(descriptor).sock.close()
 
     def kept(self, _: str, descriptor: int) -> None:
+        self.clients[descriptor].lent = False
         self.poll.register(descriptor, select.EPOLLIN)
 
     def run(self, listener: socket.socket | None) -> None:
@@ -78,7 +80,7 @@ class Server:
                     self.app.process()
                 elif listener is not None and descriptor == listener.fileno():
                     self.arrived(listener.accept()[0])
-                elif descriptor in self.clients and not self.clients[descriptor].serve():
+                elif (client := self.clients.get(descriptor)) and not client.lent and not client.serve():
                     self.clients.pop(descriptor).sock.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,8 +41,11 @@ class Scene:
 
 
 @contextlib.contextmanager
-def scene(adopt: str, serve: Sequence[str | Path] = SERVE) -> Iterator[Scene]:
-    """The hosts, their agents with that rule of adoption, and at ``a`` the server: ``serve`` ADDRESS PORT."""
+def scene(adopt: str = "", serve: Sequence[str | Path] = SERVE) -> Iterator[Scene]:
+    """The hosts, their agents with that rule of adoption, and at ``a`` the server: ``serve`` ADDRESS PORT.
+
+    Without a rule: an application that takes part (`tests.taking_part`), on both hosts.
+    """
     with contextlib.ExitStack() as opened:
         directory = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="tcpmig-bench-")))
         init_tls(directory / "tls", ["10.0.0.2", "10.0.0.3"])
@@ -51,14 +55,22 @@ def scene(adopt: str, serve: Sequence[str | Path] = SERVE) -> Iterator[Scene]:
         agents = []
         for name in "ab":
             (directory / name).mkdir()
-            options = ["--adopt", adopt, "--log-level", "info"]
+            path = directory / name / "application" / "socket"
+            options = ["--adopt", adopt or f"*=unix:{path}", "--log-level", "info"]
             agents.append(Agent(net.host(name), directory / name, directory / "tls", options))
             agents[-1].start()
             opened.callback(agents[-1].stop)
-        server = net.host("a").popen([*serve, net.vip4, str(PORT)], stdout=subprocess.PIPE)
-        assert server.stdout is not None
-        server.stdout.readline()
+            if not adopt:
+                words = [sys.executable, "-m", "tests.taking_part", path, net.vip4, PORT, *["listen"] * (name == "a")]
+                _ready(net.host(name).popen([*map(str, words)], stdout=subprocess.PIPE))
+        if adopt:
+            _ready(net.host("a").popen([*serve, net.vip4, str(PORT)], stdout=subprocess.PIPE))
         yield Scene(net, *agents)
+
+
+def _ready(program: subprocess.Popen[bytes]) -> None:
+    assert program.stdout is not None
+    assert program.stdout.readline() == b"ready\n"
 
 
 def move(client: Client, sock: socket.socket, destination: Agent) -> None:
