@@ -24,7 +24,6 @@ from migrate.tcpstate import TcpState
 
 __all__ = ["dump_many", "prepare", "release_many"]
 
-_FEW = 8  # connections for which getting ready is not worth its time
 _AT_ONCE = batch.MOST  # what was read of so many stays in the processor's caches until it is a record
 _ESTABLISHED = int(TcpState.ESTABLISHED)
 _INET, _INET6, _TCP = int(socket.AF_INET), int(socket.AF_INET6), int(socket.IPPROTO_TCP)
@@ -81,7 +80,7 @@ def dump_many(socks: Sequence[socket.socket]) -> list[Ici | Error]:
     results: list[Ici | Error] = []
     for start in range(0, len(socks), _AT_ONCE):
         some = socks[start : start + _AT_ONCE]
-        if _bulk.snapshot or (len(socks) >= _FEW and _bulk.prepare()):
+        if _bulk.snapshot or (len(socks) >= batch.FEW and _bulk.prepare()):
             results += _dump_some(some)
         else:
             results += [_one(sock) for sock in some]
@@ -137,7 +136,7 @@ def _freeze(socks: Sequence[socket.socket], places: list[int], results: list[Ici
 
 def release_many(socks: Sequence[socket.socket]) -> list[Error | None]:
     """`checkpoint.release` for each of these frozen sockets, or why it could not be."""
-    together = batch.shared() if len(socks) >= _FEW else None
+    together = batch.shared() if len(socks) >= batch.FEW else None
     results: list[Error | None] = []
     for start in range(0, len(socks), batch.MOST):
         some = socks[start : start + batch.MOST]

@@ -28,7 +28,6 @@ from migrate.tcpstate import TcpState
 
 __all__ = ["activate_many", "restore_many"]
 
-_FEW = 8  # connections for which getting ready is not worth its time
 _ESTABLISHED = int(TcpState.ESTABLISHED)
 _INET, _INET6, _STREAM = int(socket.AF_INET), int(socket.AF_INET6), int(socket.SOCK_STREAM)
 _TCP = int(socket.IPPROTO_TCP)
@@ -41,7 +40,7 @@ def restore_many(records: Iterable[Ici], *, activate: bool = True) -> Results:
     """Of each record what `restore.restore` makes of it, or why that could not be."""
     records = list(records)
     defaults: Defaults = {}
-    together = batch.shared() if len(records) >= _FEW else None
+    together = batch.shared() if len(records) >= batch.FEW else None
     results: Results = []
     for start in range(0, len(records), batch.MOST):
         some = records[start : start + batch.MOST]
@@ -59,7 +58,7 @@ def restore_many(records: Iterable[Ici], *, activate: bool = True) -> Results:
 
 def activate_many(socks: Sequence[socket.socket]) -> list[Error | None]:
     """`restore.activate` for each of these silent sockets, or why it could not be."""
-    together = batch.shared() if len(socks) >= _FEW else None
+    together = batch.shared() if len(socks) >= batch.FEW else None
     results: list[Error | None] = []
     for start in range(0, len(socks), batch.MOST):
         some = socks[start : start + batch.MOST]
@@ -121,7 +120,7 @@ def _connect(
         return
     _set_options(together, groups, options.Phase.BEFORE_CONNECT)
     failed = together.connect(descriptors) or ()
-    rest = []  # those that are not finished with this
+    rest = []  # those whose windows what comes after may have changed
     for number, (place, sock) in enumerate(zip(places, socks, strict=True)):
         if failed and (number in failed or -1 in failed):
             continue
@@ -130,7 +129,8 @@ def _connect(
         if record.received or record.sent or defaults.get((record.local, record.remote)) != record.congestion:
             if not _finish(defaults, sock, record):
                 continue
-            rest.append(sock)
+            if record.received or record.sent:
+                rest.append(sock)
         results[place] = sock
     if groups:
         _set_options(together, groups, options.Phase.IN_REPAIR)
@@ -186,8 +186,6 @@ def _finish(defaults: Defaults, sock: Restored, ici: Ici) -> bool:
 
 def _groups(socks: Sequence[Restored]) -> list[tuple[dict[str, options.Value], list[Restored]]]:
     """Those in a row that get the same options, of those that get any."""
-    if not any(sock.record and sock.record.options for sock in socks):
-        return []
     of = ((sock.record.options, sock) for sock in socks if sock.record is not None and sock.record.options)
     return [(chosen, [sock for _, sock in row]) for chosen, row in itertools.groupby(of, key=operator.itemgetter(0))]
 
@@ -197,7 +195,7 @@ def _set_options(
 ) -> None:
     """As options.apply() on each."""
     for chosen, socks in groups:
-        calls, rest = options.calls(chosen, phase) if len(socks) >= _FEW else ((), chosen)
+        calls, rest = options.calls(chosen, phase) if len(socks) >= batch.FEW else ((), chosen)
         failed = (calls and together.set_options([sock.fileno() for sock in socks], calls)) or {}
         if not (failed or rest):
             continue

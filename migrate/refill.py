@@ -21,7 +21,6 @@ _SMALLEST_CHUNK = 1 << 10
 _AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _TRUESIZE = 4  # a queued byte's share of SO_SNDBUF and SO_RCVBUF at worst: headers and half-filled pages
 SEND, RECEIVE = (socket.SO_SNDBUF, uapi.SO_SNDBUFFORCE), (socket.SO_RCVBUF, uapi.SO_RCVBUFFORCE)
-_INJECTION = 0.5  # seconds for an injected segment to arrive
 
 
 def fill(sock: socket.socket, data: bytes | memoryview, buffer: tuple[int, int], *, before: int = 0) -> None:
@@ -74,7 +73,7 @@ def fill_urgent(sock: socket.socket, ici: Ici) -> None:
     )
     with segment.Injector(MARK) as injector:
         injector.inject(arriving.build())
-        limit = time.monotonic() + _INJECTION
+        limit = time.monotonic() + segment.ARRIVES
         while sockopt.queue_end(sock) != seq + 1 & 0xFFFFFFFF and time.monotonic() < limit:
             time.sleep(0)
     if after:

@@ -42,7 +42,6 @@ __all__ = [
     "Restored",
     "activate",
     "choose_congestion",
-    "descriptor_hint",
     "discard",
     "restore",
     "restore_with",
@@ -56,7 +55,6 @@ _PLANS = [REBUILD[TcpState(max(number, 1))] for number in range(max(TcpState) + 
 _INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)  # names of this module are found quicker than others
 _STREAM, _TCP, _MAXSEG = int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP), socket.TCP_MAXSEG
 MAXSEG_LIMIT = 32767  # MAX_TCP_WINDOW in include/net/tcp.h: the most TCP_MAXSEG takes
-_INJECTION = 0.5  # seconds for an injected segment to arrive
 
 
 _TRANSPARENT = {4: (socket.IPPROTO_IP, uapi.IP_TRANSPARENT), 6: (socket.IPPROTO_IPV6, uapi.IPV6_TRANSPARENT)}
@@ -92,7 +90,7 @@ def restore_with(defaults: Defaults, ici: Ici, *, activate: bool, before_address
     try:
         sock = Restored(_INET if ici.family == 4 else _INET6, _STREAM, _TCP)
     except OSError as error:
-        raise from_oserror("making a socket", error, hint=descriptor_hint(error)) from None
+        raise from_oserror("making a socket", error, hint=_descriptor_hint(error)) from None
     try:
         sock.record, sock.unset = ici, []
         if before_address:
@@ -266,7 +264,7 @@ def _take_steps(sock: socket.socket, ici: Ici, steps: tuple[Step, ...]) -> None:
 
 def _await_change(sock: socket.socket, before: int) -> None:
     """An injected segment usually arrives before send() returns; a busy machine may defer it for a moment."""
-    limit = time.monotonic() + _INJECTION
+    limit = time.monotonic() + segment.ARRIVES
     while sockopt.state(sock) == before and time.monotonic() < limit:
         time.sleep(0)
 
@@ -319,8 +317,7 @@ def _connect_error(ici: Ici, error: OSError) -> Error:
     return from_oserror(f"connecting {ici.four_tuple}", error)
 
 
-def descriptor_hint(error: OSError) -> str | None:
-    """What helps where no socket can be made."""
+def _descriptor_hint(error: OSError) -> str | None:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "raise the limit of open files (ulimit -n, LimitNOFILE=)"
     return None

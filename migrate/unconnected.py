@@ -29,7 +29,7 @@ from migrate.fourtuple import MAPPED, unmapped
 from migrate.ici import ENDED_BY_FIN, ENDED_BY_RST, Ici
 from migrate.kernel import diag, netns, options, sockopt, tcpinfo, uapi
 from migrate.kernel.nft import MARK
-from migrate.kernel.segment import ACK, FIN, RST, Injector, Segment
+from migrate.kernel.segment import ACK, ARRIVES, FIN, RST, Injector, Segment
 from migrate.tcpstate import TcpState
 
 __all__ = ["activate", "dump", "frozen_listener", "rebuild", "settle", "thaw_listener", "waiting"]
@@ -44,7 +44,6 @@ _NO_SYN = b"".join(  # ldb [13]; jset #SYN; ret #0; ret #-1 - in the form of a r
 )
 _SLACK = 0.02  # seconds; the time of the last SYN is known to some milliseconds
 _WINDOW = 0xFFFF
-_INJECTION = 0.5  # seconds for an injected segment to arrive
 
 _syn = tcpinfo.reader("rto", "unacked", "sacked")
 
@@ -316,7 +315,7 @@ def _shut(sock: socket.socket) -> None:
 
 def _inject(injector: Injector, sock: socket.socket, arriving: Segment, leads_to: TcpState) -> None:
     injector.inject(arriving.build())
-    limit = time.monotonic() + _INJECTION
+    limit = time.monotonic() + ARRIVES
     while sockopt.state(sock) != leads_to:
         if time.monotonic() > limit:
             raise HostError(

@@ -19,8 +19,9 @@ from migrate.fourtuple import MAPPED
 from migrate.kernel import sockopt, uapi
 from migrate.kernel.uring import Program, Ring, Values, bind, connect, setsockopt
 
-__all__ = ["MOST", "Batch", "Failures", "negotiated", "rest", "shared", "sockaddr"]
+__all__ = ["FEW", "MOST", "Batch", "Failures", "negotiated", "rest", "shared", "sockaddr"]
 
+FEW = 8  # sockets below which getting ready is not worth its time
 MOST = 64  # sockets of which all that is written stays in the processor's caches until the kernel reads it
 
 Failures = Mapping[int, int] | None

@@ -29,7 +29,7 @@ from migrate.kernel import netns, option_values
 from migrate.kernel.fingerprint import Fingerprint
 from migrate.kernel.option_table import BY_NAME, OPTIONS, Kind, Option, Phase, Value
 
-__all__ = ["Kind", "Phase", "Value", "apply", "calls", "due", "flowinfo", "look_many", "prepare", "read", "recognise"]
+__all__ = ["Kind", "Phase", "Value", "apply", "calls", "flowinfo", "look_many", "prepare", "read", "recognise"]
 
 PAYS_OFF = 1000  # sockets asked the long way cost as much as getting fingerprints ready
 MEMORY = 1.0  # seconds: as long a host's changed settings may go unnoticed
@@ -241,11 +241,6 @@ def apply(sock: socket.socket, options: Mapping[str, Value], phase: Phase) -> li
         except (TypeError, ValueError, OverflowError, struct.error):  # a value of another form than this option's
             left.append(name)
     return left
-
-
-def due(options: Mapping[str, Value], phase: Phase) -> bool:
-    """Whether anything of ``options`` is set, or cannot be set, at that moment."""
-    return any(_schedule(tuple(options))[phase])
 
 
 def calls(options: Mapping[str, Value], phase: Phase) -> tuple[tuple[tuple[int, int, bytes], ...], dict[str, Value]]:

@@ -27,6 +27,7 @@ from migrate.kernel.route import Routes
 
 __all__ = [
     "ACK",
+    "ARRIVES",
     "CWR",
     "ECE",
     "FIN",
@@ -43,6 +44,7 @@ __all__ = [
 
 FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = 1, 2, 4, 8, 16, 32, 64, 128
 
+ARRIVES = 0.5  # seconds within which an injected segment has arrived
 END, NOP = 0, 1  # option kinds without a length
 
 _IPV4 = struct.Struct("!BBHHHBBH4s4s")
