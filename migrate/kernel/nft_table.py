@@ -26,6 +26,8 @@ PREFIX = "tcpmig-"
 # is in use fragments are put together earlier still (-400); elsewhere they would pass, but TCP sends none.
 PRIORITY_RAW = -300
 
+_LISTINGS = 20  # until two agree
+
 _LACKING = errno.ENOENT, errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT
 _REMEDY = (
     "modprobe nf_tables nft_log nfnetlink_log nft_fwd_netdev, or a kernel with CONFIG_NF_TABLES_INET, "
@@ -148,17 +150,30 @@ class Table:
     def _place(self, name: str, ip: Ip) -> nf.Place:
         return nf.Place(self.family, self.name, f"{name}{ip.version}")
 
-    def _elements(self, name: str, ip: Ip) -> Iterator[tuple[FourTuple, bytes, int]]:
-        # What that set holds: connection, a map's data, milliseconds left.
+    def _elements(self, name: str, ip: Ip) -> list[tuple[FourTuple, bytes, int]]:
+        # What that set holds: connection, a map's data, milliseconds left. While the kernel moves a set that has grown
+        # to a larger hash table, a listing in several messages may pass over some: so until two of them agree.
+        messages, found = self._list(name, ip)
+        for _ in range(_LISTINGS if messages > 1 else 0):
+            before = {each for each, _, _ in found}
+            _, found = self._list(name, ip)
+            if before == {each for each, _, _ in found}:
+                break
+        return found
+
+    def _list(self, name: str, ip: Ip) -> tuple[int, list[tuple[FourTuple, bytes, int]]]:
+        # In how many messages, and what.
         try:
             entries = self._netfilter.dump(f"listing table {self.name}", nf.get_elements(self._place(name, ip)))
         except KernelError as error:
             if error.errno != errno.ENOENT:
                 raise
             raise self._gone() from None
-        for entry in entries:
-            for key, data, left in nf.element_entries(entry):
-                yield FourTuple(*ip.key.unpack(key)), data, left
+        return len(entries), [
+            (FourTuple(*ip.key.unpack(key)), data, left)
+            for entry in entries
+            for key, data, left in nf.element_entries(entry)
+        ]
 
 
 def tables(family: int = nf.NFPROTO_UNSPEC) -> dict[str, str]:
