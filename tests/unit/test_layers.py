@@ -58,6 +58,7 @@ KERNEL_NEIGHBOURS = {
     "nft_table": {"nf_tables", "nfnetlink"},
     "nft": {"nf_tables", "nft_table", "nflog"},
     "option_values": {"option_table"},
+    "processors": {"priority"},
     "snapshot": {"btf", "sockmem"},
     "sockmem": {"bpf", "btf"},
     "segment": {"route"},

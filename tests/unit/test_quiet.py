@@ -39,36 +39,38 @@ NOW = activity()
 
 
 @pytest.mark.parametrize(
-    ("now", "settled", "expected"),
+    ("before", "now", "settled", "expected"),
     [
         # Something is on its way through the owner or out of it: wait.
-        (activity(unread=1), 1.0, None),
-        (activity(notsent=1), 1.0, None),
+        (NOW, activity(unread=1), 1.0, None),
+        (NOW, activity(notsent=1), 1.0, None),
         # The last thing was a request.
-        (activity(sent=500, received=8), 1.0, None),
-        (activity(sent=5000, received=4996), 1.0, None),
+        (activity(sent=500, received=8), activity(sent=500, received=8), 1.0, None),
+        (activity(sent=5000, received=4996), activity(sent=5000, received=4996), 1.0, None),
+        # What is sent again for want of an acknowledgement is no answer.
+        (activity(sent=500, received=8), activity(sent=0, received=12), 1.0, None),
         # The last thing was an answer: quiet as soon as no more of it comes.
-        (activity(sent=4, received=8), SETTLE, True),
-        (activity(sent=4, received=8), SETTLE / 2, None),
-        (activity(sent=4, received=5000), SETTLE, True),
+        (activity(sent=4, received=8), activity(sent=4, received=8), SETTLE, True),
+        (activity(sent=4, received=8), activity(sent=4, received=8), SETTLE / 2, None),
+        (activity(sent=4, received=5000), activity(sent=4, received=5000), SETTLE, True),
         # The owner sent something while nothing could come in: whatever the times say, that was last.
-        (activity(sent=8, received=8, bytes_sent=101), SETTLE, True),
-        (activity(sent=8, received=8, bytes_sent=101), 0.0, None),
-        (activity(sent=8, received=4, bytes_sent=101), SETTLE, True),
+        (NOW, activity(sent=8, received=8, bytes_sent=101), SETTLE, True),
+        (NOW, activity(sent=8, received=8, bytes_sent=101), 0.0, None),
+        (activity(sent=500, received=4), activity(sent=8, received=4, bytes_sent=101), SETTLE, True),
         # Both in one tick: undecided for a while, then an owner that meant to answer would have.
-        (activity(sent=8, received=8), SETTLE, False),
-        (activity(sent=LONG - 1, received=LONG - 1), SETTLE, False),
-        (activity(sent=LONG, received=LONG), SETTLE, True),
-        (activity(sent=LONG, received=LONG), 0.0, None),
+        (NOW, activity(sent=8, received=8), SETTLE, False),
+        (NOW, activity(sent=LONG - 1, received=LONG - 1), SETTLE, False),
+        (NOW, activity(sent=LONG, received=LONG), SETTLE, True),
+        (NOW, activity(sent=LONG, received=LONG), 0.0, None),
         # Nothing ever came: nobody waits for an answer.
-        (activity(sent=8, received=8, bytes_received=0), SETTLE, True),
-        (activity(sent=8, received=4, bytes_received=0), SETTLE, True),
+        (NOW, activity(sent=8, received=8, bytes_received=0), SETTLE, True),
+        (NOW, activity(sent=8, received=4, bytes_received=0), SETTLE, True),
     ],
 )
-def test_verdict(now: Activity, settled: float, expected: bool | None) -> None:
-    assert verdict(NOW, now, settled=settled) is expected
+def test_verdict(before: Activity, now: Activity, settled: float, expected: bool | None) -> None:
+    assert verdict(before, now, settled=settled) is expected
     # A thorough attempt waits where a quick one gives up.
-    assert verdict(NOW, now, settled=settled, thorough=True) is (None if expected is False else expected)
+    assert verdict(before, now, settled=settled, thorough=True) is (None if expected is False else expected)
 
 
 class Owner:
@@ -211,3 +213,40 @@ def test_what_was_held_is_given_back(net: Lan) -> None:
         assert list(rounds({served.name: served.server}, hold, seconds=0.5))
         hold.remove([served.name])
         assert served.client.recv(100) == b"answer to request"
+
+
+class Burdened:
+    """A host that is as busy as can be: in each second some task waits for a processor for a second."""
+
+    def waited(self) -> float:
+        return time.monotonic()
+
+    def close(self) -> None:
+        pass
+
+
+def test_time_counts_less_while_somebody_waits_for_a_processor(net: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner that gets a processor late only looks idle; it is given more time, not refused."""
+
+    def attempts_last() -> float:
+        with owner(net, answer) as served:
+            began = time.monotonic()
+            assert served.becomes_quiet(5)
+            return time.monotonic() - began
+
+    monkeypatch.setattr("migrate.kernel.processors.Pressure", Burdened)
+    assert attempts_last() > 3 * SETTLE
+
+
+def test_a_processor_that_stood_still_makes_it_settle_anew(net: Lan, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [1.0, 0.0]
+    visits: list[float] = []
+
+    def visit() -> float:
+        visits.append(time.monotonic())
+        return answers.pop(0)
+
+    monkeypatch.setattr("migrate.kernel.processors.visit", visit)
+    with owner(net, answer) as served:
+        assert served.becomes_quiet(5)
+    assert len(visits) == 2 and visits[1] - visits[0] >= SETTLE
