@@ -36,7 +36,7 @@ __all__ = [
     "write_records",
 ]
 
-VERSION = (1, 1)  # major, minor
+VERSION = (1, 2)  # major, minor
 MAX_RECORD = 256 << 20  # bytes of one body
 MAX_QUEUE = 128 << 20  # bytes of one queue; 33 MB were seen under load
 MAX_FIELDS = 9 << 20  # bytes of the map of fields: the application's state and a mebibyte for the others
@@ -127,6 +127,7 @@ class Ici(msgspec.Struct, omit_defaults=True, gc=False):
     ended: Annotated[_Choice, Field("CLOSED: 0 there was no connection, 1 ended by FINs, 2 by a reset")] = 0
     backlog: Annotated[_U32, Field("LISTEN: the length that its accept queue may have", "connections")] = 0
     time_left: Annotated[_U32, Field("TIME-WAIT, also after CLOSED: how much longer it lasts", "milliseconds")] = 0
+    ts_recent: Annotated[_U32, Field("TIME-WAIT: the last timestamp of the peer's; 0: none", "the peer's")] = 0
 
     @property
     def four_tuple(self) -> FourTuple:

@@ -1,30 +1,44 @@
-"""TIME_WAIT: no descriptor leads to it, and the kernel tells nothing of it but the time left.
+"""TIME_WAIT: no descriptor leads to it, and sock_diag tells nothing of it but the time left.
 
 Its purpose (RFC 9293, section 3.6.1) is to answer a repeated FIN and to keep old segments out of a new connection with
-the same four-tuple. Where its numbers are known, from a record that was made while there still was a descriptor, it is
-made anew. Else the destination keeps the four-tuple free: nothing comes in for it and nothing leaves, until the time is
-over. A peer whose last FIN was not acknowledged then repeats it until it gives up, as it would with a dead host.
+the same four-tuple. Where its numbers are known it is made anew: BPF tells them (`kernel.timewait`), or a record that
+was made while there still was a descriptor. Else the destination keeps the four-tuple free: nothing comes in for it and
+nothing leaves, until the time is over. A peer whose last FIN was not acknowledged then repeats it until it gives up, as
+it would with a dead host.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+from migrate.errors import HostError
 from migrate.hold import Hold
 from migrate.ici import Ici
-from migrate.kernel import diag
+from migrate.kernel import diag, timewait
 from migrate.restore import restore
 from migrate.tcpstate import TcpState
 
-__all__ = ["quarantine", "record", "recreate", "waits"]
+__all__ = ["keep_free", "records"]
+
+_MSS = 536  # RFC 9293's for a peer that named none: which one it named is forgotten, and nothing is sent any more
+_WINDOW = 0xFFFF
 
 
-def record(connection: diag.Connection) -> Ici:
-    """What is to be known about a connection in TIME_WAIT."""
+def records(connections: Sequence[diag.Connection]) -> list[Ici]:
+    """What is to be known about connections in TIME_WAIT in this thread's network namespace."""
+    known: dict[int, timewait.Numbers] = {}
+    if connections:
+        with contextlib.suppress(OSError, LookupError, ValueError):  # no privilege, or a kernel without BTF
+            known = timewait.read()
+    return [_record(connection, known.get(connection.cookie)) for connection in connections]
+
+
+def _record(connection: diag.Connection, numbers: timewait.Numbers | None) -> Ici:
     local, local_port, remote, remote_port = connection.four_tuple
-    return Ici(
+    ici = Ici(
         connection.family,
         local,
         local_port,
@@ -38,22 +52,24 @@ def record(connection: diag.Connection) -> Ici:
         origin_kernel=os.uname().release,
         time_left=max(connection.expires, 0),
     )
+    if numbers is not None:
+        ici.snd_una, ici.rcv_nxt, ici.rcv_wnd = numbers.snd_nxt, numbers.rcv_nxt, numbers.rcv_wnd
+        ici.snd_wl1 = ici.rcv_wup = ici.rcv_nxt
+        ici.snd_wnd = ici.max_window = _WINDOW
+        ici.snd_wscale, ici.rcv_wscale = 0, numbers.rcv_wscale
+        ici.timestamps, ici.ts_value, ici.ts_recent = numbers.timestamps, numbers.ts_value, numbers.ts_recent
+        ici.mss_clamp = ici.mss = _MSS
+    return ici
 
 
-def waits(ici: Ici) -> bool:
-    """Whether it is a record of TIME_WAIT without numbers, for `quarantine`."""
-    return ici.state == TcpState.TIME_WAIT and not ici.mss_clamp
-
-
-def recreate(ici: Ici) -> None:
-    """Make TIME_WAIT here, for its whole time, from a record that has the numbers. Raises as `restore`."""
-    restore(ici).close()
-
-
-def quarantine(records: Iterable[Ici]) -> None:
-    """Keep the four-tuples free for the time that each has left; the kernel sees to it, whatever becomes of us.
+def keep_free(ici: Ici) -> None:
+    """TIME_WAIT made anew, or quarantined where its numbers, or this host's address, are not known yet.
 
     Raises PrivilegeError, HostError.
     """
-    for ici in records:
-        Hold([ici.four_tuple], timeout=max(ici.time_left / 1000, 1.0)).disown()
+    if ici.mss_clamp:
+        with contextlib.suppress(HostError):
+            restore(ici).close()
+            return
+    # The kernel sees to it, whatever becomes of us.
+    Hold([ici.four_tuple], timeout=max(ici.time_left / 1000, 1.0)).disown()

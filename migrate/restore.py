@@ -242,12 +242,16 @@ def _take_steps(sock: socket.socket, ici: Ici, steps: tuple[Step, ...]) -> None:
                 sock.shutdown(socket.SHUT_WR)
                 continue
             bare = segment.Segment(
-                ici.four_tuple, seq=arrived, ack=ici.snd_una, flags=segment.ACK, window=peers_window(ici)
+                ici.four_tuple,
+                seq=arrived,
+                ack=ici.snd_una,
+                flags=segment.ACK,
+                window=peers_window(ici),
+                options=_peers_timestamp(ici),
             )
             if injector is None:
                 injector = opened.enter_context(segment.Injector(MARK))
                 injector.inject(bare.build())  # a connection tracker takes up what begins with this, but not with a FIN
-            # Without a timestamp: a made-up one would be remembered and the peer's next, if older, refused.
             if step is Step.INJECT_FIN:
                 injector.inject(dataclasses.replace(bare, flags=segment.ACK | segment.FIN).build())
             else:
@@ -260,6 +264,11 @@ def _take_steps(sock: socket.socket, ici: Ici, steps: tuple[Step, ...]) -> None:
             f"restoring {ici.four_tuple}: it came to {reached} instead of {TcpState(ici.state).name}",
             hint="segments injected over lo do not arrive; is a firewall rule on lo in the way?",
         )
+
+
+def _peers_timestamp(ici: Ici) -> tuple[tuple[int, bytes], ...]:
+    """None but the real one: a made-up one would be remembered and the peer's next, if older, refused."""
+    return ((segment.TIMESTAMP, ici.ts_recent.to_bytes(4, "big") + bytes(4)),) if ici.ts_recent else ()
 
 
 def _await_change(sock: socket.socket, before: int) -> None:

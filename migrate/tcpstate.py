@@ -357,7 +357,7 @@ REBUILD: Final[Mapping[TcpState, Rebuild]] = {
     TcpState.LAST_ACK: Rebuild(Way.REPAIR, "our FIN followed the peer's", (Step.INJECT_FIN, Step.SHUTDOWN)),
     TcpState.TIME_WAIT: Rebuild(
         Way.RECREATE,
-        "no descriptor: made anew where its numbers are known, else the four-tuple is quarantined for the time left",
+        "no descriptor: made anew where BPF tells its numbers, else the four-tuple is quarantined for the time left",
         (Step.SHUTDOWN, Step.INJECT_ACK, Step.INJECT_FIN),
         dumpable=False,
         speaks=True,

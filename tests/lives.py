@@ -17,6 +17,7 @@ from migrate.kernel import diag, option_values, sockopt, tcpinfo
 from migrate.kernel.nft import MARK
 from migrate.kernel.option_table import OPTIONS, Kind, Phase, Value
 from migrate.kernel.segment import Injector, fix_checksums
+from migrate.kernel.segment import Segment as Packet
 from migrate.pathstate import Marks
 from migrate.tcpstate import Event, TcpState
 from tests.capture import ACK, FIN, RST, SYN, Capture, Segment
@@ -155,13 +156,12 @@ class Life:
 
     def peer_accepts(self, *, again: bool = False) -> None:
         """RCV_SYN_ACK: the peer hears our SYN, the first one or (``again``) only one that is sent from now on."""
-        assert self.listener and self._deaf
-        missed = self._deaf.take()
+        assert self.listener
+        missed = self.missed()
         self.hear()
         if not again:  # a hold keeps to itself what has no connection yet
             with self.client.entered(), Injector(MARK) as injector:
-                for packets in missed.values():
-                    injector.inject(fix_checksums(packets[0]))
+                injector.inject(missed[0].build())
         self.listener.settimeout(20)
         self.peer.close()
         self.peer = self.listener.accept()[0]
@@ -188,6 +188,11 @@ class Life:
         """From now on nothing reaches the peer, until `hear`."""
         if self._deaf is None:
             self._deaf = migrate.hold([self._four_tuple.reversed()], netns=self.client.netns, outgoing=False)
+
+    def missed(self) -> list[Packet]:
+        """What has not reached the deaf peer since the last look; it is lost."""
+        assert self._deaf
+        return [Packet.parse(fix_checksums(packet)) for packets in self._deaf.take().values() for packet in packets]
 
     def hear(self) -> None:
         """The peer gets what it missed."""

@@ -65,7 +65,7 @@ OTHERS: Mapping[TcpState, tuple[str, str]] = {
     TcpState.CLOSED: (f"{ENDED}[reset-empty-{{}}", f"{ENDED}[reset-full-{{}}"),
     TcpState.LISTEN: (f"{QUEUE}[idle-{{}}", f"{QUEUE}[three-{{}}"),
     TcpState.SYN_RECEIVED: ("test_a_handshake_is_waited_for[{}", ""),
-    TcpState.TIME_WAIT: ("test_time_wait_is_made_anew_where_its_numbers_are_known[{}", ""),
+    TcpState.TIME_WAIT: ("test_time_wait_is_made_anew[{}", ""),
 }
 HEAD = """# What moves
 
@@ -85,9 +85,9 @@ connections that nobody has accepted. "–": there is nothing to try.
 - **LISTEN.** Connections in the accept queue become records of their own. `dump --wait-handshakes SECONDS` leaves them
   to the owner and waits until it has accepted them. Once taken they cannot be put back: if the dump fails they end.
 - **SYN_RECEIVED** is waited for, three seconds unless `--wait-handshakes` says more; then the dump is refused.
-- **TIME_WAIT** is made anew if its numbers are known (its socket is still open, or a record is older than it). Else the
-  destination keeps the four-tuple free for the time that is left: neither a socket option nor sock_diag tells the
-  numbers of a TIME_WAIT whose socket is closed.
+- **TIME_WAIT** is made anew for its whole time; it answers a repeated FIN with the same numbers and timestamps. BPF
+  alone tells these. Where that is not allowed (`unshare -Ur`, a kernel without BTF), and where the address has not
+  come when the record is restored, the destination keeps the four-tuple free for the time that is left.
 - **CLOSED.** A pending error comes back as ECONNRESET. To ask which one it is (SO_ERROR) would take it away from the
   application, and no silent way leads to most others.
 - **SYN_SENT.** The SYN is repeated after a second at the latest, as any lost SYN.

@@ -80,9 +80,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             handshakes.take(sockets, opened, arguments.wait_handshakes)
         saved = []
         if sockets or over:
-            saved = _save(
-                sockets, [quarantine.record(connection) for connection, _ in over], arguments, output, failures, key=key
-            )
+            ended = quarantine.records([connection for connection, _ in over])
+            saved = _save(sockets, ended, arguments, output, failures, key=key)
     if saved and steering is not None:
         steering.give(saved, b"")
     for name, error in failures:

@@ -113,7 +113,8 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             for record in wanted:
                 try:
                     if record.state == TcpState.TIME_WAIT:
-                        kept_free.append(_keep_free(record))
+                        quarantine.keep_free(record)
+                        kept_free.append(record.four_tuple)
                         continue
                     sock = _silent(record, before_address=arguments.before_address)
                 except Error as error:
@@ -273,15 +274,6 @@ def _silent(record: Ici, *, before_address: bool) -> Restored:
     sock = restore(record, activate=False, before_address=before_address)
     assert isinstance(sock, Restored)
     return sock
-
-
-def _keep_free(record: Ici) -> FourTuple:
-    """TIME_WAIT, which nobody owns: made anew, or its four-tuple is kept free as long."""
-    if quarantine.waits(record):
-        quarantine.quarantine([record])
-    else:
-        quarantine.recreate(record)
-    return record.four_tuple
 
 
 def _hand_over(

@@ -1,12 +1,14 @@
-"""bpf(2), as far as a program needs it that looks and reports: one program, and memory that it shares with us.
+"""bpf(2), as far as a program needs it that looks and reports, to us alone.
 
-The program is of type BPF_PROG_TYPE_SYSCALL (Linux 5.14): attached to nothing, it runs when it is asked to, in the
-thread that asks. Loading it needs CAP_BPF and CAP_PERFMON in the initial user namespace, so not in `unshare -Ur`.
+A `Program` is of type BPF_PROG_TYPE_SYSCALL (Linux 5.14): attached to nothing, it runs when it is asked to, in the
+thread that asks, and shares memory with us. `iterated` runs one for each object of a kind (Linux 5.8), and what it
+writes is read like a file. Both need CAP_BPF and CAP_PERFMON in the initial user namespace, so not in `unshare -Ur`.
 Numbers: include/uapi/linux/bpf.h; instructions: Documentation/bpf/standardization/instruction-set.rst.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -25,7 +27,10 @@ __all__ = [
     "call",
     "command",
     "instruction",
+    "iterated",
+    "jump_if_equal",
     "jump_if_less",
+    "jump_unless_equal",
     "jump_unless_less",
     "leave",
     "load",
@@ -38,15 +43,18 @@ __all__ = [
 
 _NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}  # bpf(2) in asm/unistd.h
 
-_MAP_CREATE, _PROG_LOAD, _PROG_TEST_RUN = 0, 5, 10
+_MAP_CREATE, _PROG_LOAD, _PROG_TEST_RUN, _LINK_CREATE, _ITER_CREATE = 0, 5, 10, 28, 33
 _MAP_TYPE_ARRAY, _F_MMAPABLE = 2, 1 << 10
-_PROG_TYPE_SYSCALL, _F_SLEEPABLE = 31, 1 << 4
+_PROG_TYPE_TRACING, _PROG_TYPE_SYSCALL, _F_SLEEPABLE, _TRACE_ITER = 26, 31, 1 << 4, 28
 _PSEUDO_MAP_VALUE = 2
 _NAME = b"tcpmig"  # as `bpftool prog` shows it
 
 # union bpf_attr, each command's part as far as it is used
 _CREATE = struct.Struct("=5I")  # type, size of key and value, entries, flags
-_LOAD = struct.Struct("=IIQQ20xI16s")  # type, count, instructions, licence, log left out, flags, name
+# type, count, instructions, licence, (log), flags, name, (device), attachment, (types of its own), type attached to
+_LOAD = struct.Struct("=IIQQ20xI16s4xI36xI")
+_LINK = struct.Struct("=IIII")  # program, target, kind of attachment, flags
+_ITERATOR = struct.Struct("=II")  # link, flags
 _RUN = struct.Struct("=II")  # program, what it returns
 
 # The interpreter's lock is kept: a run takes a microsecond, giving the lock away and back costs as much. Declaring the
@@ -114,6 +122,16 @@ def jump_unless_less(register: int, other: int, distance: int) -> bytes:
     return instruction(0x3D, register, other, distance)
 
 
+def jump_if_equal(register: int, value: int, distance: int) -> bytes:
+    """Over ``distance`` instructions if a register equals a number."""
+    return instruction(0x15, register, offset=distance, value=value)
+
+
+def jump_unless_equal(register: int, value: int, distance: int) -> bytes:
+    """Over ``distance`` instructions if a register does not equal a number."""
+    return instruction(0x55, register, offset=distance, value=value)
+
+
 def call(helper: int) -> bytes:
     """Call a helper (enum bpf_func_id): arguments in registers 1 to 5, the result in 0."""
     return instruction(0x85, value=helper)
@@ -131,11 +149,8 @@ class Program:
         descriptor = command(_MAP_CREATE, _CREATE.pack(_MAP_TYPE_ARRAY, 4, size, 1, _F_MMAPABLE))
         try:
             code = instruction(0x18, SHARED, _PSEUDO_MAP_VALUE, value=descriptor) + instruction(0) + code
-            source, licence = (ctypes.create_string_buffer(text) for text in (code, b"GPL"))
-            where = ctypes.addressof(source), ctypes.addressof(licence)
-            attributes = _LOAD.pack(_PROG_TYPE_SYSCALL, len(code) // 8, *where, _F_SLEEPABLE, _NAME)
             self.memory = mmap.mmap(descriptor, size)
-            self._descriptor = command(_PROG_LOAD, attributes)
+            self._descriptor = _loaded(_PROG_TYPE_SYSCALL, code, flags=_F_SLEEPABLE)
         finally:
             os.close(descriptor)  # program and mapping keep the memory
         self._run = _number(), _PROG_TEST_RUN, ctypes.create_string_buffer(_RUN.pack(self._descriptor, 0)), _RUN.size
@@ -149,6 +164,30 @@ class Program:
         """Give program and memory back. In a forked child, too: both belong to the parent as well."""
         self.memory.close()
         os.close(self._descriptor)
+
+
+def iterated(code: bytes, target: int) -> bytes:
+    """What a program writes that is run for each object of a kind, in this thread's network namespace. Raises OSError.
+
+    ``target`` is the type number of the kernel's function that names the kind, ``bpf_iter_tcp`` for TCP sockets; when
+    the program starts register 1 points to that function's argument.
+    """
+    with contextlib.ExitStack() as opened:
+
+        def kept(descriptor: int) -> int:
+            opened.callback(os.close, descriptor)
+            return descriptor
+
+        program = kept(_loaded(_PROG_TYPE_TRACING, code, attachment=_TRACE_ITER, target=target))
+        link = kept(command(_LINK_CREATE, _LINK.pack(program, 0, _TRACE_ITER, 0)))
+        with open(command(_ITER_CREATE, _ITERATOR.pack(link, 0)), "rb", buffering=0) as results:
+            return results.read()
+
+
+def _loaded(kind: int, code: bytes, *, flags: int = 0, attachment: int = 0, target: int = 0) -> int:
+    source, licence = (ctypes.create_string_buffer(text) for text in (code, b"GPL"))
+    where = ctypes.addressof(source), ctypes.addressof(licence)
+    return command(_PROG_LOAD, _LOAD.pack(kind, len(code) // INSTRUCTION, *where, flags, _NAME, attachment, target))
 
 
 def command(number: int, attributes: bytes) -> int:

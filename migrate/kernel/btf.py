@@ -32,6 +32,7 @@ class _Kind(enum.IntEnum):  # BTF_KIND_*, as far as they matter here
     VOLATILE = 9
     CONST = 10
     RESTRICT = 11
+    FUNC = 12
     TYPE_TAG = 18
 
 
@@ -59,7 +60,7 @@ class Btf:
         self._words = memoryview(self._raw)[self._types : self._types + length].cast("I")
         self._names: int = header + names
         self._names_end = self._names + size
-        self._structures: dict[str, int | None] = {}
+        self._found: dict[tuple[str, int], int | None] = {}
         self._starts = [0, 0]  # by type number; number 0 is void and has no record
 
     def place(self, path: str) -> Place:
@@ -68,7 +69,8 @@ class Btf:
         Members of unnamed structures and unions count as the outer one's. Raises LookupError if there is none.
         """
         name, *members = path.split(".")
-        at, offset, found = self._structure(name), 0, None
+        at: int | None = self._known(name)
+        offset, found = 0, None
         for member in members:
             if at is None or (found := self._member(at, member)) is None:
                 raise LookupError(f"the kernel has no {path}")
@@ -87,7 +89,13 @@ class Btf:
 
     def number(self, name: str) -> int:
         """The type number of a structure. Raises LookupError if there is none."""
-        at = self._known(name)
+        return self._number(self._known(name))
+
+    def function(self, name: str) -> int:
+        """The type number of a function. Raises LookupError if there is none."""
+        return self._number(self._known(name, _Kind.FUNC))
+
+    def _number(self, at: int) -> int:
         while self._starts[-1] < at:
             self._record(len(self._starts))
         return bisect.bisect_left(self._starts, at, 1)
@@ -102,18 +110,15 @@ class Btf:
         labels = self._words[at + 3 : at + 3 + 3 * (self._words[at + 1] & 0xFFFF) : 3]
         return [self._raw[(start := self._names + label) : self._raw.index(0, start)].decode() for label in labels]
 
-    def _known(self, name: str) -> int:
-        if (at := self._structure(name)) is None:
+    def _known(self, name: str, kind: int = _Kind.STRUCT) -> int:
+        """The record of a named structure or function: found by looking for the name's own offset, which starts it."""
+        if (name, kind) not in self._found:
+            self._found[name, kind] = self._find(name, kind)
+        if (at := self._found[name, kind]) is None:
             raise LookupError(f"the kernel has no {name}")
         return at
 
-    def _structure(self, name: str) -> int | None:
-        """The record of a named structure: found by looking for the name's own offset, which starts it."""
-        if name not in self._structures:
-            self._structures[name] = self._find_structure(name)
-        return self._structures[name]
-
-    def _find_structure(self, name: str) -> int | None:
+    def _find(self, name: str, kind: int) -> int | None:
         where = self._raw.find(b"\0%s\0" % name.encode(), self._names, self._names_end)
         if where < 0:
             return None
@@ -122,7 +127,7 @@ class Btf:
         at = self._types - 1
         while (at := self._raw.find(wanted, at + 1, end)) >= 0:
             word = (at - self._types) // 4
-            if at % 4 == self._types % 4 and self._kind(word) == _Kind.STRUCT:
+            if at % 4 == self._types % 4 and self._kind(word) == kind:
                 return word
         return None
 

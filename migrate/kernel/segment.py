@@ -34,6 +34,7 @@ __all__ = [
     "PSH",
     "RST",
     "SYN",
+    "TIMESTAMP",
     "URG",
     "Injector",
     "Segment",
@@ -45,7 +46,7 @@ __all__ = [
 FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = 1, 2, 4, 8, 16, 32, 64, 128
 
 ARRIVES = 0.5  # seconds within which an injected segment has arrived
-END, NOP = 0, 1  # option kinds without a length
+END, NOP, TIMESTAMP = 0, 1, 8  # kinds of options; the first two have no length
 
 _IPV4 = struct.Struct("!BBHHHBBH4s4s")
 _IPV6 = struct.Struct("!IHBB16s16s")

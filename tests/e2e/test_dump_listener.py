@@ -112,8 +112,9 @@ def test_time_wait_goes_along(server: Server, tmp_path: Path) -> None:
     assert json.loads(server.a.run(command).stdout)["ok"]
     done = server.b.run([*TCPMIG, "restore", "--json", file, "--steer", "vip:eth0", "--hold-open"])
     assert json.loads(done.stdout) == {"v": 1, "connection": str(over.four_tuple), "ok": True}
-    held = server.b.run(["nft", "list", "ruleset"]).stdout
-    assert f"{over.four_tuple.remote_port}" in held and "expires" in held
+    with server.b.entered():
+        made = diag.find(over.four_tuple)
+    assert made and made.state is TcpState.TIME_WAIT
 
 
 def test_restore_waits_for_the_address(server: Server, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ KERNEL_NEIGHBOURS = {
     "snapshot": {"btf", "sockmem"},
     "sockmem": {"bpf", "btf"},
     "segment": {"route"},
+    "timewait": {"bpf", "btf"},
     "options": {"fingerprint", "option_table", "option_values"},
 }
 PROBE = "probe"

@@ -134,6 +134,8 @@ def good_ones() -> Iterator[tuple[str, Vector]]:
     yield "closed", good("an unbound socket has neither port", {**listener, "local_port": 0, "state": 7})
     yield "fin-wait-2", good("snd_una lies past the FIN; unread bytes", {**IDLE, "state": 5}, received=b"unread")
     yield "close-wait", good("rcv_nxt counts the peer's FIN", {**IDLE, "state": 8}, sent=b"answer")
+    over = {"state": 6, "snd_wscale": 0, "time_left": 59_000, "ts_recent": 0xFFFFFFFF}
+    yield "time-wait", good("version 1.2: the peer's last timestamp", IDLE | over, sealed(body(IDLE | over), minor=2))
     later = {**LEAST, "later": {"deep": [[1.5, None], b"x", msgpack.ExtType(5, b"y")]}, "also_later": "…"}
     yield (
         "later-minor",

@@ -59,6 +59,7 @@ FIELDS: dict[str, tuple[type[Any], tuple[int, int], Any]] = {
     "ended": (int, (0, 2), 0),
     "backlog": (int, U32, 0),
     "time_left": (int, U32, 0),
+    "ts_recent": (int, U32, 0),
 }
 CLOSED, LISTEN, FIN_ACKED = 7, 10, (5, 6)
 MAPPED = bytes(10) + b"\xff\xff"
