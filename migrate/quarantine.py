@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from migrate.errors import HostError
+from migrate.errors import Error
 from migrate.hold import Hold
 from migrate.ici import Ici
 from migrate.kernel import diag, timewait
@@ -62,14 +62,27 @@ def _record(connection: diag.Connection, numbers: timewait.Numbers | None) -> Ic
     return ici
 
 
-def keep_free(ici: Ici) -> None:
-    """TIME_WAIT made anew, or quarantined where its numbers, or this host's address, are not known yet.
+def keep_free(records: Sequence[Ici]) -> None:
+    """Each TIME_WAIT made anew, or quarantined where its numbers, or this host's address, are not known yet.
 
-    Raises PrivilegeError, HostError.
+    Behind a hold: making it sends an acknowledgment, and the RST of a peer that is long through with the connection
+    would end it. A quarantine is that hold: the kernel sees to it, whatever becomes of us. Raises PrivilegeError,
+    HostError.
     """
-    if ici.mss_clamp:
-        with contextlib.suppress(HostError):
-            restore(ici).close()
-            return
-    # The kernel sees to it, whatever becomes of us.
-    Hold([ici.four_tuple], timeout=max(ici.time_left / 1000, 1.0)).disown()
+    hold = Hold()
+    try:
+        for ici in records:
+            hold.add([ici.four_tuple], timeout=max(ici.time_left / 1000, 1.0))
+        hold.remove([ici.four_tuple for ici in records if ici.mss_clamp and _is_made(ici)])
+    finally:
+        if hold.tuples:
+            hold.disown()
+        else:
+            hold.lift()
+
+
+def _is_made(ici: Ici) -> bool:
+    with contextlib.suppress(Error):
+        restore(ici).close()
+        return True
+    return False

@@ -103,19 +103,17 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         holds.refuse_moving([record.four_tuple for record in wanted])
         restored: dict[FourTuple, tuple[Ici, Restored]] = {}
         adoptions: Sequence[Adoption] = ()
-        kept_free: list[FourTuple] = []
+        over = [record for record in wanted if record.state == TcpState.TIME_WAIT]
         connections = [record for record in wanted if record.state != TcpState.TIME_WAIT]
         if paths is None:
             marks.prepare(connections)
         with _held(connections, restored, arguments.hold) as hold:
             if steering is not None:
                 steering.take({record.four_tuple for record in wanted})
-            for record in wanted:
+            if over:
+                quarantine.keep_free(over)
+            for record in connections:
                 try:
-                    if record.state == TcpState.TIME_WAIT:
-                        quarantine.keep_free(record)
-                        kept_free.append(record.four_tuple)
-                        continue
                     sock = _silent(record, before_address=arguments.before_address)
                 except Error as error:
                     failures.append((record, error))
@@ -136,12 +134,12 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
             if sock.unset:
                 output.warn(f"{record.four_tuple}: this host could not set {', '.join(sorted(set(sock.unset)))}")
     with contextlib.nullcontext() if arguments.detach else _stopped_together(adoptions):
-        _report([*restored, *kept_free], failures, output)
+        _report([*restored, *(record.four_tuple for record in over)], failures, output)
         if not arguments.detach:
             _wait(adoptions)
     if not failures:
         return 0
-    return PARTIAL if restored or kept_free else max(error.exit_code for _, error in failures)
+    return PARTIAL if restored or over else max(error.exit_code for _, error in failures)
 
 
 def _adopter(arguments: argparse.Namespace) -> Adopter:
