@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ import msgspec
 
 from migrate.adopt.spawner import Gate
 from migrate.adopt.unix import AppAdoption
+from migrate.agent import admission
 from migrate.agent.adoption import Rule, open_gate, speaks
 from migrate.agent.applications import offer
 from migrate.agent.caller import CALLER, Giver
@@ -35,9 +35,8 @@ from migrate.kernel.segment import four_tuple
 from migrate.rebuild import activate_many, restore_many
 from migrate.restore import Restored, discard
 
-__all__ = ["EXISTS", "Arrival", "Arrivals"]
+__all__ = ["Arrival", "Arrivals"]
 
-EXISTS = "this connection exists at the destination already"
 _STATE = "its application's state needs an application at the destination (--adopt LOCAL=unix:PATH)"
 _OFFER_AGAIN = 1.0  # seconds until an application is offered again what it did not take
 
@@ -174,22 +173,11 @@ class Arrivals(Driver):
     def _check(self, batch: Arrival, command: do.Check) -> Checked:
         if batch.machine.steer:
             self.host.steerer.warm(batch.machine.steer)
-        refused = self.host.journal.conflicts(command.connections)
-        unwanted = self.host.adopters.refusals(tuples_of(command.connections))
-        left = _descriptors_left()
-        here = self._diag.existing(tuples_of(command.connections))
-        for connection in command.connections:
-            if connection.id in refused:
-                continue
-            why = unwanted.get(connection.four_tuple)
-            if why is None and connection.four_tuple in here:
-                why = EXISTS
-            if why is None and left <= 0:
-                why = "the destination has no descriptor left for it"
-            if why is not None:
-                refused[connection.id] = why
-            left -= 1
-        return Checked(refused)
+        return Checked(self.refusals(command.connections, batch.machine.steer, batch.source))
+
+    def refusals(self, connections: Sequence[Connection], steer: str, source: str) -> dict[bytes, str]:
+        """See `admission.refusals`."""
+        return admission.refusals(self.host, self._diag, connections, steer, source)
 
     def _carry(self, batch: Arrival, command: do.Carry) -> None:
         self.host.carrier.carry({each.local for each in tuples_of(command.connections)})
@@ -376,11 +364,3 @@ def _about(packet: bytes) -> FourTuple | None:
 
 def _cookie(sock: socket.socket) -> int:
     return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, uapi.SO_COOKIE, 8), "little")
-
-
-def _descriptors_left() -> int:
-    import resource
-
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Since Linux 6.2 the directory's size is their number, which is quicker than to list thousands.
-    return soft - (os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))) - 64

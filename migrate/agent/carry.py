@@ -44,12 +44,17 @@ class Carrier:
 
     def carry(self, addresses: Iterable[bytes]) -> None:
         """Make these packed addresses ones that sockets here can be bound to."""
-        if self._watch.read():
-            self._here.clear()
-        wanted = set(addresses) - self._here
-        if wanted:
-            self._look()
-            self.also(wanted - self._here)
+        self.also(self._missing(addresses))
+
+    def obstacles(self, addresses: Iterable[bytes]) -> dict[bytes, str]:
+        """Why this host cannot carry some of these, and does not have them; changes nothing."""
+        found: dict[bytes, str] = {}
+        for address in self._missing(addresses):
+            if len(address) == 16 and not _has_ipv6():
+                found[address] = "the destination has no IPv6 (net.ipv6.conf.lo.disable_ipv6)"
+            elif any(_loud(name) and not os.access(_sysctl(name), os.W_OK) for name in _SILENT):
+                found[address] = f"the destination's agent cannot set {_sysctl('arp_ignore')}, to carry its address"
+        return found
 
     def also(self, addresses: Iterable[bytes]) -> None:
         """Have them on lo even if a device has them too, which will lose them."""
@@ -71,15 +76,22 @@ class Carrier:
             self._ours.discard(address)
         self._write()
 
+    def _missing(self, addresses: Iterable[bytes]) -> set[bytes]:
+        if self._watch.read():
+            self._here.clear()
+        wanted = set(addresses) - self._here
+        if wanted:
+            self._look()
+        return wanted - self._here
+
     def _look(self) -> None:
         self._here = {each.address for each in self._links.addresses() if not each.tentative}
 
     def _hush(self) -> None:
         for name, value in _SILENT.items():
-            path = Path("/proc/sys/net/ipv4/conf/all", name)
             try:
-                if int(path.read_text()) < int(value):
-                    path.write_text(value)
+                if _loud(name):
+                    _sysctl(name).write_text(value)
             except OSError as error:
                 raise from_oserror(f"setting net.ipv4.conf.all.{name}", error) from None
 
@@ -93,3 +105,17 @@ class Carrier:
             aside.rename(self._file)
         except OSError as error:
             raise from_oserror(f"writing {self._file}", error) from None
+
+
+def _sysctl(name: str) -> Path:
+    return Path("/proc/sys/net/ipv4/conf/all", name)
+
+
+def _loud(name: str) -> bool:
+    return int(_sysctl(name).read_text()) < int(_SILENT[name])
+
+
+def _has_ipv6() -> bool:
+    with contextlib.suppress(OSError):  # a kernel that has none
+        return not int(Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text())
+    return False

@@ -27,6 +27,7 @@ from migrate.handoff.events import Claimed, Event, LinkLost, RegistryFailed
 from migrate.handoff.ids import Connection
 from migrate.handoff.journal import Journal
 from migrate.handoff.machine import DEFAULT_TIMES, Machine, Times
+from migrate.handoff.messages import Prepare, Prepared
 from migrate.handoff.registry import OwnershipRegistry
 from migrate.pathstate import PathState
 
@@ -48,6 +49,7 @@ class Host:
     metrics: Metrics
     dial: Callable[[str], Stream]
     forward: Callable[[str, Iterable[FourTuple]], Awaitable[None]]  # as `link.Links.forward`, in the event loop
+    check: Callable[[str, Prepare], Awaitable[Prepared]]  # as `link.Links.check`, there too
     events: Events
     paths: PathState | None = None
     registry: OwnershipRegistry | None = None

@@ -15,10 +15,11 @@ from migrate import errors
 from migrate.agent.arrival import Arrivals
 from migrate.agent.auth import caller_of
 from migrate.agent.link import InLink, hello
-from migrate.agent.steering import address_of
+from migrate.agent.steering import FOREIGN, address_of
 from migrate.agent.v1 import handoff_pb2 as pb
 from migrate.agent.v1 import handoff_pb2_grpc
-from migrate.agent.wire import Assembler, negotiate, unpack_tuples
+from migrate.agent.wire import Assembler, negotiate, response_of, unpack_tuples
+from migrate.handoff.messages import Prepare, Prepared
 
 __all__ = ["HandoffService"]
 
@@ -63,6 +64,8 @@ class HandoffService(handoff_pb2_grpc.HandoffServicer):
         """See the .proto."""
         owner = address_of(_address(context.peer()))
         tuples = unpack_tuples(request.four_tuples, errors.UsageError)
+        if any(len(each.local) != len(owner) for each in tuples):
+            raise errors.Refused(FOREIGN)
         loop, forwarded = asyncio.get_running_loop(), asyncio.Event()
 
         def done() -> None:
@@ -71,6 +74,17 @@ class HandoffService(handoff_pb2_grpc.HandoffServicer):
         self._arrivals.host.engine.call(partial(self._arrivals.forward, tuples, owner, done))
         await forwarded.wait()
         return pb.ForwardResponse()
+
+    async def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckResponse:
+        """See the .proto."""
+        negotiate(request.hello)
+        prepare = Assembler(errors.UsageError).request(pb.TransferRequest(prepare=request.prepare))
+        assert isinstance(prepare, Prepare)
+        refused = await self._arrivals.host.engine.ask(
+            lambda: self._arrivals.refusals(prepare.connections, prepare.steer, _address(context.peer()))
+        )
+        answer = response_of(Prepared(batch=prepare.batch, journal=self._host, refused=refused))
+        return pb.CheckResponse(hello=hello(self._host), prepared=answer.prepared)
 
     def close(self) -> None:
         """End all streams."""

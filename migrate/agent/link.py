@@ -22,11 +22,11 @@ from migrate.agent.v1 import handoff_pb2 as pb
 from migrate.agent.v1 import handoff_pb2_grpc
 from migrate.agent.wire import VERSION, Assembler, negotiate, pack_tuples, requests_of, response_of
 from migrate.fourtuple import FourTuple
-from migrate.handoff.messages import Message
+from migrate.handoff.messages import Message, Prepare, Prepared
 
 __all__ = ["InLink", "Links", "OutLink", "hello", "open_channel"]
 
-_FORWARDED = 5.0  # seconds for an agent to forward what it is asked to
+_ANSWERED = 5.0  # seconds for an agent to do what it is asked outside of a handoff
 _PAUSE = 0.5  # seconds between two attempts to reach an agent that could not be reached
 
 _log = get_logger(__name__)
@@ -159,9 +159,23 @@ class Links:
         request = pb.ForwardRequest(four_tuples=pack_tuples(tuples))
         async with open_channel(agent, self._tls) as channel:
             try:
-                await handoff_pb2_grpc.HandoffStub(channel).Forward(request, timeout=_FORWARDED)
+                await handoff_pb2_grpc.HandoffStub(channel).Forward(request, timeout=_ANSWERED)
             except grpc.aio.AioRpcError as error:
                 raise from_rpc_error(error, agent) from None
+
+    async def check(self, agent: str, prepare: Prepare) -> Prepared:
+        """What that agent would answer, as things stand; nothing comes of it. Raises Error if it does not."""
+        (first,) = requests_of(prepare)
+        request = pb.CheckRequest(hello=hello(self._host), prepare=first.prepare)
+        async with open_channel(agent, self._tls) as channel:
+            try:
+                answer = await handoff_pb2_grpc.HandoffStub(channel).Check(request, timeout=_ANSWERED)
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error, agent) from None
+        negotiate(answer.hello)
+        prepared = Assembler(errors.RemoteError).response(pb.TransferResponse(prepared=answer.prepared))
+        assert isinstance(prepared, Prepared)
+        return prepared
 
     async def close(self) -> None:
         """End all streams."""

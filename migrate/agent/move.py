@@ -20,8 +20,9 @@ import msgspec
 
 from migrate.agent.applications import Lender, Loan, lenders
 from migrate.agent.departure import BUSY, NOT_QUIET, Departure, Departures
-from migrate.agent.reports import Reporter, stayed
-from migrate.agent.steering import address_of, check_words
+from migrate.agent.rehearsal import rehearse
+from migrate.agent.reports import Outcomes, Reporter, stayed
+from migrate.agent.steering import FOREIGN, check_words, foreign
 from migrate.agent.v1 import migration_pb2, types_pb2
 from migrate.errors import Conflict, Error, HostError, NotFound, Refused, UsageError
 from migrate.fourtuple import FourTuple
@@ -121,18 +122,18 @@ class Move:
         return self._reporter.stayed, self._reporter.done
 
     async def dry_run(self) -> None:
-        """Only say what would move."""
+        """Only say what would move; the destinations are asked."""
         try:
             movable, refused = await self.plan()
         except Error as error:
             self._reporter.summary(error)
             return
-        expected: dict[FourTuple, tuple[int, Error | None]] = {
-            each: (types_pb2.OUTCOME_STAYED, why) for each, why in refused.items()
-        }
-        expected |= {each.connection.four_tuple: (types_pb2.OUTCOME_DONE, None) for each in movable}
-        self._reporter.expect(expected, self._wish.destinations[0], _expected_frozen(movable))
-        self._reporter.summary()
+        sockets = [(each.connection.four_tuple, each.connection.cookie) for each in movable]
+        wish = self._wish
+        said, problem = await rehearse(self._departures.host, sockets, wish.destinations, wish.steer, wish.maps)
+        here: Outcomes = {each: (types_pb2.OUTCOME_STAYED, why) for each, why in refused.items()}
+        self._reporter.expect({"": here} | said, _expected_frozen(movable))
+        self._reporter.summary(problem)
 
     async def run(self) -> migration_pb2.Summary:
         """The whole move; never raises Error, but reports it."""
@@ -247,6 +248,7 @@ class Move:
         found = self._departures.free(found)
         if not found:
             raise Conflict(BUSY)
+        steer = self._steering(destination, found, final)
         sockets, _ = self._takers.take({each.connection.four_tuple: each.owners for each in found})
         named = host.journal.name((each.connection.four_tuple, each.connection.cookie) for each in found)
         if self._wish.maps:
@@ -255,7 +257,7 @@ class Move:
             new_id(),
             destination,
             named,
-            steer=self._steering(destination, found, final),
+            steer=steer,
             registry=host.registry.identity if host.registry is not None else "",
             times=_times(host.times, quiet),
         )
@@ -292,9 +294,11 @@ class Move:
             if not others:
                 return words
         try:
-            address_of(destination)
+            odd = foreign(going, destination)
         except HostError:
             return ""
+        if odd:
+            raise Refused(f"its address does not leave with it, and {FOREIGN}", hint="name agents by its IP version")
         return "forward"
 
     def _ended(

@@ -54,20 +54,21 @@ class Reporter:
         self.selected = selected
         self._say(pb.MoveReport(plan=pb.Plan(move_id=self._id, selected=selected, movable=movable)))
 
-    def expect(self, outcomes: Outcomes, destination: str, frozen_us: int) -> None:
-        """What would happen; ``frozen_us`` is how long a connection would stand still."""
-        self.selected = len(outcomes)
-        movable = sum(outcome == types_pb2.OUTCOME_DONE for outcome, _ in outcomes.values())
-        for part in _parts(outcomes):
-            plan = pb.Plan(
-                move_id=self._id,
-                selected=len(outcomes),
-                movable=movable,
-                expected=self._results(part, 0),
-                destination=destination,
-                expected_frozen_us=frozen_us,
-            )
-            self._say(pb.MoveReport(plan=plan))
+    def expect(self, said: Mapping[str, Outcomes], frozen_us: int) -> None:
+        """What would happen, by destination; ``frozen_us`` is how long a connection would stand still."""
+        self.selected = sum(map(len, said.values()))
+        movable = sum(outcome == types_pb2.OUTCOME_DONE for each in said.values() for outcome, _ in each.values())
+        for destination, outcomes in said.items():
+            for part in _parts(outcomes):
+                plan = pb.Plan(
+                    move_id=self._id,
+                    selected=self.selected,
+                    movable=movable,
+                    expected=self._results(part, 0),
+                    destination=destination,
+                    expected_frozen_us=frozen_us,
+                )
+                self._say(pb.MoveReport(plan=plan))
 
     def progress(self, in_flight: int) -> None:
         """How far it is; ``in_flight`` connections are under way."""

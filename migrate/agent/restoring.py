@@ -8,7 +8,8 @@ import io
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 
 from migrate import ici
-from migrate.agent.arrival import EXISTS, Arrivals
+from migrate.agent.admission import EXISTS
+from migrate.agent.arrival import Arrivals
 from migrate.agent.move import BATCH
 from migrate.agent.options import CHUNK_BYTES
 from migrate.agent.reports import results_of

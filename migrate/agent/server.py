@@ -138,6 +138,7 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
             metrics=metrics,
             dial=links.dial,
             forward=links.forward,
+            check=links.check,
             registry=registry,
             events=events,
             paths=opened.enter_context(_paths()) if settings.path_state else None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from migrate.agent.logging import get_logger
@@ -19,10 +19,13 @@ from migrate.fourtuple import FourTuple
 from migrate.steer.forward import Forward, forwarding
 from migrate.steer.vip import Vip
 
-__all__ = ["Steerer", "address_of", "check_words"]
+__all__ = ["FOREIGN", "Steerer", "address_of", "check_words", "foreign"]
 
 RETRY = 0.2  # seconds between two attempts
 ATTEMPTS = 50
+
+FOREIGN = "it cannot be forwarded between agents that call each other by addresses of the other IP version"
+"""Why a connection stays that is `foreign`."""
 
 _log = get_logger(__name__)
 
@@ -135,6 +138,12 @@ class Steerer:
         if self._forward is None:
             self._forward = Forward()
         return self._forward
+
+
+def foreign(tuples: Iterable[FourTuple], agent: str) -> list[FourTuple]:
+    """Those that nobody can forward to that agent, since its address is of the other IP version. Raises HostError."""
+    address = address_of(agent)
+    return [each for each in tuples if len(each.local) != len(address)]
 
 
 def address_of(agent: str) -> bytes:

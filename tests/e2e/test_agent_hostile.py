@@ -198,6 +198,12 @@ def samples(client: socket.socket) -> dict[str, list[Message]]:
                 settle=migration.SettleBatch(batch="00" * 16, verdict=migration.VERDICT_COMMITTED)
             ),
         ],
+        "Handoff/Check": [
+            handoff.CheckRequest(
+                hello=handoff.Hello(oldest_version=1, newest_version=1),
+                prepare=handoff.Prepare(batch=batch, connections=listed, patience_seconds=0.5, steer="vip:x"),
+            )
+        ],
         "Handoff/Transfer": [
             handoff.TransferRequest(hello=handoff.Hello(oldest_version=1, newest_version=1, host="fuzz")),
             handoff.TransferRequest(prepare=handoff.Prepare(batch=batch, connections=listed, patience_seconds=0.5)),
@@ -259,7 +265,7 @@ def test_malformed_messages(lan: LanFactory, agents: Agents, certificates: Path)
             messages = [mutated(message.SerializeToString(), chance) for message in chosen]
             if call == HANDOFF and chance.random() < 0.8:
                 messages.insert(0, known[call][0].SerializeToString())
-            code = ends(peer if call == HANDOFF else operator, call, messages)
+            code = ends(peer if call.startswith("Handoff") else operator, call, messages)
             assert code not in FAULTS, (call, messages)
             codes[code] += 1
         until(agent.settled, what="nothing is left of it")

@@ -45,6 +45,11 @@ class HandoffStub(object):
                 request_serializer=tcpmig_dot_v1_dot_handoff__pb2.ForwardRequest.SerializeToString,
                 response_deserializer=tcpmig_dot_v1_dot_handoff__pb2.ForwardResponse.FromString,
                 _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/tcpmig.v1.Handoff/Check',
+                request_serializer=tcpmig_dot_v1_dot_handoff__pb2.CheckRequest.SerializeToString,
+                response_deserializer=tcpmig_dot_v1_dot_handoff__pb2.CheckResponse.FromString,
+                _registered_method=True)
 
 
 class HandoffServicer(object):
@@ -68,6 +73,13 @@ class HandoffServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Check(self, request, context):
+        """Answers a Prepare and forgets it: nothing is held, carried or remembered. For who wants to know before anything begins.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HandoffServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -80,6 +92,11 @@ def add_HandoffServicer_to_server(servicer, server):
                     servicer.Forward,
                     request_deserializer=tcpmig_dot_v1_dot_handoff__pb2.ForwardRequest.FromString,
                     response_serializer=tcpmig_dot_v1_dot_handoff__pb2.ForwardResponse.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=tcpmig_dot_v1_dot_handoff__pb2.CheckRequest.FromString,
+                    response_serializer=tcpmig_dot_v1_dot_handoff__pb2.CheckResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +154,33 @@ class Handoff(object):
             '/tcpmig.v1.Handoff/Forward',
             tcpmig_dot_v1_dot_handoff__pb2.ForwardRequest.SerializeToString,
             tcpmig_dot_v1_dot_handoff__pb2.ForwardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tcpmig.v1.Handoff/Check',
+            tcpmig_dot_v1_dot_handoff__pb2.CheckRequest.SerializeToString,
+            tcpmig_dot_v1_dot_handoff__pb2.CheckResponse.FromString,
             options,
             channel_credentials,
             insecure,

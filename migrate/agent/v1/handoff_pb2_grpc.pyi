@@ -42,6 +42,8 @@ class HandoffStub:
     """Says that connections live at the caller's, while their address is, or will be, at the called host: forward them to the
     caller. Those that live at the called host are passed over, and a handoff to it ends the forwarding.
     """
+    Check: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.CheckRequest, _handoff_pb2.CheckResponse]
+    """Answers a Prepare and forgets it: nothing is held, carried or remembered. For who wants to know before anything begins."""
 
 @_typing.type_check_only
 class HandoffAsyncStub(HandoffStub):
@@ -57,6 +59,8 @@ class HandoffAsyncStub(HandoffStub):
     """Says that connections live at the caller's, while their address is, or will be, at the called host: forward them to the
     caller. Those that live at the called host are passed over, and a handoff to it ends the forwarding.
     """
+    Check: _aio.UnaryUnaryMultiCallable[_handoff_pb2.CheckRequest, _handoff_pb2.CheckResponse]  # type: ignore[assignment]
+    """Answers a Prepare and forgets it: nothing is held, carried or remembered. For who wants to know before anything begins."""
 
 class HandoffServicer(metaclass=_abc_1.ABCMeta):
     """The destination's side of handoffs. Only certificates named tcpmig://agent/NAME may call it."""
@@ -81,5 +85,13 @@ class HandoffServicer(metaclass=_abc_1.ABCMeta):
         """Says that connections live at the caller's, while their address is, or will be, at the called host: forward them to the
         caller. Those that live at the called host are passed over, and a handoff to it ends the forwarding.
         """
+
+    @_abc_1.abstractmethod
+    def Check(
+        self,
+        request: _handoff_pb2.CheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_handoff_pb2.CheckResponse, _abc.Awaitable[_handoff_pb2.CheckResponse]]:
+        """Answers a Prepare and forgets it: nothing is held, carried or remembered. For who wants to know before anything begins."""
 
 def add_HandoffServicer_to_server(servicer: HandoffServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

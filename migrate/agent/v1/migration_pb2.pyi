@@ -465,7 +465,7 @@ class MigrateRequest(_message.Message):
     destination: _builtins.str
     """The destination's agent, "HOST:PORT" or "unix:PATH"."""
     dry_run: _builtins.bool
-    """Only says what would move, what not and why."""
+    """Only says what would move, what not and why; the destination is asked, too."""
     @_builtins.property
     def selector(self) -> _types_pb2.Selector:
         """Which connections; an empty selector is refused (see Drain)."""
@@ -538,7 +538,7 @@ class DrainRequest(_message.Message):
     DRY_RUN_FIELD_NUMBER: _builtins.int
     MAPS_FIELD_NUMBER: _builtins.int
     dry_run: _builtins.bool
-    """Only says what would move, what not and why."""
+    """Only says what would move, what not and why; the destinations are asked, too."""
     @_builtins.property
     def destinations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The destinations' agents, each "HOST:PORT" or "unix:PATH". A connection goes to the first that would take it."""
@@ -661,7 +661,9 @@ class Plan(_message.Message):
     movable: _builtins.int
     """How many of them can move."""
     destination: _builtins.str
-    """With `dry_run`, the destination of the connections in `expected`."""
+    """With `dry_run`, the destination that would take the connections in `expected`, or refuses them; empty if it is this side
+    that they cannot leave.
+    """
     expected_frozen_us: _builtins.int
     """With `dry_run`, the longest time a connection is expected to stand still, microseconds."""
     @_builtins.property
