@@ -22,7 +22,7 @@ from migrate.errors import Error
 from migrate.fourtuple import FourTuple
 from migrate.selection import Found
 
-__all__ = ["Lender", "Loan", "lenders", "offer"]
+__all__ = ["Lender", "Loan", "by_application", "lenders", "loan_of", "offer"]
 
 
 class Lender(NamedTuple):
@@ -56,6 +56,23 @@ def lenders(adopters: Adopters, found: Iterable[Found]) -> tuple[dict[FourTuple,
         elif mine := [owner.fd for owner in each.owners if owner.pid == listener]:
             lent[four_tuple] = Lender(path, mine[0])
     return lent, refused
+
+
+def by_application(found: Iterable[Found], lent: Mapping[FourTuple, Lender]) -> list[list[Found]]:
+    """Groups, each of one application's connections, or of those that no application lends."""
+    groups: dict[str, list[Found]] = {}
+    for each in found:
+        lender = lent.get(each.connection.four_tuple)
+        groups.setdefault(lender.path if lender else "", []).append(each)
+    return list(groups.values())
+
+
+def loan_of(adopters: Adopters, connections: Iterable[FourTuple], lent: Mapping[FourTuple, Lender]) -> Loan | None:
+    """What the application of connections that are one group is asked for; None if they are nobody's."""
+    mine = {each: lent[each] for each in connections if each in lent}
+    for path, _ in mine.values():
+        return Loan(path, adopters, {each: descriptor for each, (_, descriptor) in mine.items()})
+    return None
 
 
 class Loan:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from migrate.agent.applications import Lender, by_application, lenders, loan_of
 from migrate.agent.caller import CALLER, HOLD, Taker
 from migrate.agent.departure import BUSY, NOT_QUIET, Departure, Departures
 from migrate.agent.move import choose, cut
@@ -57,18 +58,21 @@ async def dump(departures: Departures, requests: AsyncIterator[pb.DumpRequest]) 
     if first is None or first.WhichOneof("step") != "start":
         raise UsageError("a dump begins with a DumpStart")
     wish = _wish(first.start)
-    movable, refused = await choose(wish.selector)
-    if not (movable or refused):
+    found, refused = await choose(wish.selector)
+    if not (found or refused):
         raise NotFound("no connection here matches", hint="ListConnections shows them")
+    lent, unknown = await asyncio.to_thread(lenders, departures.host.adopters, found)
+    refused = unknown | refused
+    movable = [each for each in found if each.connection.four_tuple not in refused]
     if refused:
         yield _results({each: (types_pb2.OUTCOME_STAYED, why) for each, why in refused.items()})
     deadline = time.monotonic() + (wish.when_quiet or 0)
-    waiting = deque(cut(movable))
+    waiting = deque(batch for group in by_application(movable, lent) for batch in cut(group))
     stored = _Stored()
     reader = asyncio.create_task(stored.read(requests))
     try:
         while waiting and (wish.leave_running or not stored.over):
-            batch = _Batch(departures, wish, waiting.popleft(), deadline)
+            batch = _Batch(departures, wish, waiting.popleft(), lent, deadline)
             try:
                 async for response in batch.responses(stored):
                     yield response
@@ -124,13 +128,22 @@ class _Stored:
 class _Batch:
     """Some connections on their way to the caller. ``again``: those that were not quiet, and may be tried again."""
 
-    def __init__(self, departures: Departures, wish: _Wish, found: Sequence[Found], deadline: float) -> None:
+    def __init__(
+        self,
+        departures: Departures,
+        wish: _Wish,
+        found: Sequence[Found],
+        lent: Mapping[FourTuple, Lender],
+        deadline: float,
+    ) -> None:
         self.again: list[Found] = []
         self.taker: Taker | None = None
         self._departures = departures
         self._wish = wish
         self._found = found
-        self._quiet = None if wish.when_quiet is None else max(0.05, min(deadline - time.monotonic(), QUIET))
+        self._lent = lent
+        at_once = wish.when_quiet is None or found[0].connection.four_tuple in lent  # its application says when
+        self._quiet = None if at_once else max(0.05, min(deadline - time.monotonic(), QUIET))
         self._last = time.monotonic() + (self._quiet or 0) >= deadline
         self._batch: Departure | None = None
         self._loop = asyncio.get_running_loop()
@@ -193,6 +206,7 @@ class _Batch:
                 self._departures,
                 sockets,
                 when_quiet=self._quiet,
+                loan=loan_of(host.adopters, sockets, self._lent),
                 report=self._on_end,
             )
             self._batch.stream = self.taker

@@ -12,13 +12,13 @@ import ipaddress
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
 
-from migrate.agent.applications import Lender, Loan, lenders
+from migrate.agent.applications import Lender, by_application, lenders, loan_of
 from migrate.agent.departure import BUSY, NOT_QUIET, Departure, Departures
 from migrate.agent.rehearsal import rehearse
 from migrate.agent.reports import Outcomes, Reporter, stayed
@@ -200,11 +200,7 @@ class Move:
 
     def _cut(self, found: Sequence[Found]) -> list[list[Found]]:
         """Batches, each of one application's connections, or of those that no application lends."""
-        groups: dict[str, list[Found]] = {}
-        for each in found:
-            lender = self._lenders.get(each.connection.four_tuple)
-            groups.setdefault(lender.path if lender else "", []).append(each)
-        return [batch for group in groups.values() for batch in cut(group)]
+        return [batch for group in by_application(found, self._lenders) for batch in cut(group)]
 
     async def _batch(
         self, destination: str, found: Sequence[Found], deadline: float, final: bool, last: bool
@@ -262,19 +258,12 @@ class Move:
             times=_times(host.times, quiet),
         )
         thorough = quiet is not None and quiet < _THOROUGH * (self._wish.when_quiet or 0)
-        loan = self._loan(sockets)
+        loan = loan_of(host.adopters, sockets, self._lenders)
         batch = Departure(
             machine, self._departures, sockets, when_quiet=quiet, thorough=thorough, loan=loan, report=report
         )
         self._departures.begin(batch)
         return batch
-
-    def _loan(self, sockets: Iterable[FourTuple]) -> Loan | None:
-        """What one application is asked for; `_cut` puts nothing else into its batches."""
-        lenders = {each: self._lenders[each] for each in sockets if each in self._lenders}
-        for path, _ in lenders.values():
-            return Loan(path, self._departures.host.adopters, {each: fd for each, (_, fd) in lenders.items()})
-        return None
 
     def _steering(self, destination: str, found: Sequence[Found], final: bool) -> str:
         """An address can move only with all its connections; before that, and without that, each is forwarded."""

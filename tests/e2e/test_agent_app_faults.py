@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import threading
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from migrate.agent.client import Client
+from migrate.agent.v1.types_pb2 import OUTCOME_DONE
 from migrate.errors import Error
+from migrate.ici import Ici
 from migrate.selection import Selector, find
 from tests import taking_part, taking_part_http
 from tests.capture import Capture
@@ -164,6 +167,52 @@ def test_state_goes_to_applications_only(scene: Scene) -> None:
     scene.agent("a")
     scene.agent("b", how="hold")
     assert "needs an application" in scene.reason()
+
+
+class Full(Exception):
+    """There is no room to store it."""
+
+
+def test_a_dump_asks_the_application_and_takes_its_state_along(scene: Scene) -> None:
+    """As a caller's handoff does: copied or not stored it goes on, silent it stays, stored it lives elsewhere."""
+    scene.agent("a")
+    scene.agent("b")
+    scene.application("b")
+    chosen = Selector(connection=scene.client.server)
+
+    def states(stored: list[bytes]) -> list[int]:
+        record = Ici.decode(b"".join(stored))
+        return [json.loads(record.app)[0]]
+
+    def full(_: bytes) -> None:
+        raise Full
+
+    with Client(f"unix:{scene.agents['a'].socket}") as at_a, Client(f"unix:{scene.agents['b'].socket}") as at_b:
+        copied: list[bytes] = []
+        assert [each.outcomes for each in at_a.dump(chosen, copied.append, leave_running=True)] == [[OUTCOME_DONE]]
+        assert states(copied) == [3]
+        scene.client.talk(3)
+        with pytest.raises(Full):
+            list(at_a.dump(chosen, full))
+        until(scene.agents["a"].settled, what="it is thawed")
+        scene.client.talk(3)
+        scene.applications["a"].send_signal(signal.SIGSTOP)
+        try:
+            (results,) = at_a.dump(chosen, full)
+        finally:
+            scene.applications["a"].send_signal(signal.SIGCONT)
+        assert "does not answer" in results.failures[0].problem.what
+        scene.client.talk(3)
+        stored: list[bytes] = []
+        assert [each.outcomes for each in at_a.dump(chosen, stored.append, hold=2)] == [[OUTCOME_DONE]]
+        assert states(stored) == [12]
+        assert scene.owners() == {}
+        scene.net.withdraw("a", scene.net.vip4)
+        scene.net.assign("b", scene.net.vip4)
+        scene.net.host("client").run(["ip", "neighbour", "flush", "all"])
+        assert [each.outcomes for each in at_b.restore(stored)] == [[OUTCOME_DONE]]
+    scene.client.talk(3)
+    assert scene.owners() == {"b": [scene.applications["b"].pid]}
 
 
 def test_an_unmodified_owner_is_not_asked(scene: Scene) -> None:
