@@ -72,6 +72,7 @@ def prepare() -> bool:
     return _bulk.prepare()
 
 
+@heap.uncollected()
 def dump_many(socks: Sequence[socket.socket]) -> list[Ici | Error]:
     """Of each socket the record, and the socket frozen as `checkpoint.dump` leaves it; or why not, and it is as before.
 

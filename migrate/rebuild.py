@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from migrate.errors import Error
 from migrate.ici import Ici
-from migrate.kernel import batch, options, sockopt, uapi
+from migrate.kernel import batch, heap, options, sockopt, uapi
 from migrate.refill import RECEIVE, SEND, fill
 from migrate.restore import (
     MAXSEG_LIMIT,
@@ -36,6 +36,7 @@ _OF_WINDOWS = {"SO_RCVBUF", "SO_RCVLOWAT", "TCP_WINDOW_CLAMP"}
 Results = list[Restored | Error]
 
 
+@heap.uncollected()
 def restore_many(records: Iterable[Ici], *, activate: bool = True) -> Results:
     """Of each record what `restore.restore` makes of it, or why that could not be."""
     records = list(records)
