@@ -1,7 +1,7 @@
 """Sockets that repair mode alone does not rebuild: LISTEN, CLOSED, SYN_SENT. `checkpoint` and `restore` come here.
 
 LISTEN. While one is frozen a filter lets no SYN in (the peer repeats it), but handshakes that have begun may end.
-`settle` waits for those and takes what stands in the accept queue, which moves as connections do.
+`settle` waits for those; what stands in the accept queue is `accepted`, and moves as connections do.
 
 CLOSED. A socket that never had a connection is a fresh one, bound if it was bound. One whose connection has ended may
 hold bytes to be read, then an end or an error: it is made a connection again, which is then ended in the same way,
@@ -32,7 +32,7 @@ from migrate.kernel.nft import MARK
 from migrate.kernel.segment import ACK, ARRIVES, FIN, RST, Injector, Segment
 from migrate.tcpstate import TcpState
 
-__all__ = ["activate", "dump", "frozen_listener", "rebuild", "settle", "thaw_listener", "waiting"]
+__all__ = ["accepted", "activate", "dump", "frozen_listener", "rebuild", "settle", "thaw_listener", "waiting"]
 
 HANDSHAKES = 3.0  # seconds to wait for handshakes that have begun: a segment lost in one is repeated after one second
 
@@ -169,11 +169,10 @@ def waiting(listener: socket.socket) -> int:
     return int(_syn(sockopt.tcp_info(listener))[1])
 
 
-def settle(listener: socket.socket, *, seconds: float = HANDSHAKES, owner_accepts: bool = False) -> list[socket.socket]:
-    """Freeze a listener and wait until no handshake is under way; what its accept queue holds, accepted.
+def settle(listener: socket.socket, *, seconds: float = HANDSHAKES, owner_accepts: bool = False) -> None:
+    """Freeze a listener and wait until no handshake is under way; ``owner_accepts``: and none that is not accepted.
 
-    With ``owner_accepts`` nothing is taken: the owner has to accept it all within the time. Connections that were taken
-    cannot be put back. Raises Refused if the time does not suffice, and the listener goes on as before.
+    Raises Refused if the time does not suffice, and the listener goes on as before.
     """
     try:
         freeze_listener(listener)
@@ -182,7 +181,6 @@ def settle(listener: socket.socket, *, seconds: float = HANDSHAKES, owner_accept
         except BaseException:
             thaw_listener(listener)
             raise
-        return list(_accepted(listener))
     except OSError as error:
         raise from_oserror("emptying a listener's queue", error) from None
 
@@ -205,8 +203,11 @@ def _await_handshakes(listener: socket.socket, seconds: float, *, owner_accepts:
             time.sleep(0.005)
 
 
-def _accepted(listener: socket.socket) -> Iterator[socket.socket]:
-    """All that waits. The owner's own accept() may be quicker, so ours must not wait."""
+def accepted(listener: socket.socket) -> Iterator[socket.socket]:
+    """All that a settled listener's queue holds, which cannot be put back. Raises OSError.
+
+    The owner's own accept() may be quicker, so ours must not wait.
+    """
     blocking = os.get_blocking(listener.fileno())
     os.set_blocking(listener.fileno(), False)
     try:

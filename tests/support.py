@@ -83,7 +83,9 @@ LIMITS = """
 connections that nobody has accepted. "–": there is nothing to try.
 
 - **LISTEN.** Connections in the accept queue become records of their own. `dump --wait-handshakes SECONDS` leaves them
-  to the owner and waits until it has accepted them. Once taken they cannot be put back: if the dump fails they end.
+  to the owner and waits until it has accepted them. Once taken they cannot be put back: if the dump fails, a process
+  keeps them for `--hold SECONDS`, and `dump --pid` takes them from there; then they end. After a dump nobody who
+  connects is refused for as long: the SYN is repeated, until the listener is back somewhere.
 - **SYN_RECEIVED** is waited for, three seconds unless `--wait-handshakes` says more; then the dump is refused.
 - **TIME_WAIT** is made anew for its whole time; it answers a repeated FIN with the same numbers and timestamps. BPF
   alone tells these. Where that is not allowed (`unshare -Ur`, a kernel without BTF), and where the address has not

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from migrate.kernel import pidfd, sockopt
 from migrate.kernel.priority import undisturbed
 from migrate.sealed import Key
 from migrate.tcpstate import TcpState
-from migrate.unconnected import frozen_listener
+from migrate.unconnected import accepted, frozen_listener
 
 __all__ = ["add_arguments", "run"]
 
@@ -76,8 +77,6 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
         sockets = _take([each for each in found if each not in over], opened, failures, output)
         if not sockets and not over and len(failures) == 1:
             raise failures[0][1]
-        if not arguments.leave_running:
-            handshakes.take(sockets, opened, arguments.wait_handshakes)
         saved = []
         if sockets or over:
             ended = quarantine.records([connection for connection, _ in over])
@@ -142,21 +141,34 @@ def _save(
 ) -> list[FourTuple]:
     """Freeze and write, with the records of what is ``over`` already; the connections saved."""
     holds.refuse_moving(sockets)
-    names = _names(sockets, output)
-    name, seconds = holds.new_name(), arguments.hold
-    with RecordFile(arguments.output, key) as file:
+    name, seconds, stays = holds.new_name(), arguments.hold, arguments.leave_running
+    listeners = [] if stays else handshakes.listening(sockets.values())
+    taken: dict[FourTuple, socket.socket] = {}
+    with RecordFile(arguments.output, key) as file, ExitStack() as opened:
+        kept = [sock.fileno() for sock in sockets.values()] + file.descriptors
+        if listeners:
+            kept.append(opened.enter_context(handshakes.refusals(sockets, listeners)).fileno())
         guard = Guard(
-            lambda told: _finish(told or file.committed(), sockets, name, file, seconds),
-            keep=[*(sock.fileno() for sock in sockets.values()), *file.descriptors],
+            lambda told, taken: _finish(
+                list(sockets.values()), taken, name, file, seconds, committed=told or file.committed()
+            ),
+            keep=kept,
+            accept=lambda: itertools.chain.from_iterable(map(accepted, listeners)),
         )
         try:
             with Hold(name=name, timeout=seconds + holds.MARGIN) as hold:
                 try:
                     hold.add([record.four_tuple for record in over])
+                    if not stays:
+                        taken = handshakes.take(sockets, guard, arguments.wait_handshakes)
+                        sockets |= taken
+                        for child in taken.values():
+                            opened.enter_context(child)
+                    names = _names(sockets, output)
                     records = _freeze(sockets, hold, arguments.when_quiet, output, failures) + over
                     for record in records:
                         record.id, record.epoch = names.get(record.four_tuple, (b"", 0))
-                    if records and not arguments.leave_running:
+                    if records and not stays:
                         file.write(records)
                         file.commit()
                 finally:
@@ -169,11 +181,19 @@ def _save(
         finally:
             if file.committed():
                 guard.leave()
+            elif taken:
+                guard.leave()
+                output.warn(
+                    f"{len(taken)} connections that nobody had accepted wait in process {guard.pid} for {seconds:g} s: "
+                    f"take them with --pid {guard.pid}, or they end"
+                )
             else:
                 guard.dismiss()
-        if records and arguments.leave_running:
+        if records and stays:
             file.write(records)
             file.commit()
+    if listeners and records:
+        output.say(f"who connects now is neither accepted nor refused here for {seconds:g} s, and tries again")
     for record in records:
         if arguments.output == "-":
             output.say(f"{record.four_tuple}: saved")
@@ -195,13 +215,23 @@ def _names(sockets: dict[FourTuple, socket.socket], output: Output) -> dict[Four
 
 
 def _finish(
-    committed: bool, sockets: dict[FourTuple, socket.socket], name: str, file: RecordFile, seconds: float
+    sockets: Sequence[socket.socket],
+    taken: Sequence[socket.socket],
+    name: str,
+    file: RecordFile,
+    seconds: float,
+    *,
+    committed: bool,
 ) -> None:
-    """In the guard, once the dump is over or dead: with complete records in their place release, without them thaw."""
+    """In the guard, once the dump is over or dead: with complete records in their place release, without them thaw.
+
+    What was ``taken`` from a listener's queue has no owner; without records it is kept here.
+    """
     hold = holds.adopt(name)
+    everything = [*sockets, *taken]
     if committed:
-        _release(sockets.values())
-        for sock in sockets.values():
+        _release(everything)
+        for sock in everything:
             sock.close()
         file.close()
         if hold is not None:
@@ -210,10 +240,14 @@ def _finish(
         if hold is not None:
             with contextlib.suppress(Error):
                 hold.replay()  # first: it opens the way out again, which the probe of a thaw needs
-        _thaw(sockets.values())
+        _thaw(everything)
         if hold is not None:
             hold.lift()
         file.remove()
+        file.close()
+        for sock in sockets:
+            sock.close()
+        handshakes.keep(taken, seconds)
 
 
 def _frozen(sock: socket.socket) -> bool:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import select
 import socket
 import time
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Mapping
 
 from migrate.cli import holds, selector
+from migrate.cli.guard import Guard
 from migrate.ici import FourTuple, parse_endpoint
 from migrate.kernel import sockopt
 from migrate.kernel.diag import Extension
+from migrate.kernel.nft import RefusalTable
 from migrate.tcpstate import TcpState
 from migrate.unconnected import HANDSHAKES, settle
 
-__all__ = ["add_arguments", "find", "take"]
+__all__ = ["add_arguments", "find", "keep", "listening", "refusals", "take"]
 
 _PAUSE = 0.01  # seconds between two looks
 
@@ -45,15 +48,43 @@ def _unfinished(found: selector.Found, *, owned: bool) -> bool:
     return state is TcpState.SYN_RECEIVED or (owned and state is TcpState.ESTABLISHED and not found.owners)
 
 
-def take(sockets: dict[FourTuple, socket.socket], opened: ExitStack, seconds: float | None) -> None:
-    """Add what waits in the queues of the listeners among them. Raises Refused if a handshake does not end."""
-    for sock in list(sockets.values()):
-        if sockopt.state(sock) != TcpState.LISTEN:
-            continue
-        limit = HANDSHAKES if seconds is None else seconds
-        for child in settle(sock, seconds=limit, owner_accepts=seconds is not None):
-            opened.enter_context(child)
-            sockets[_name(child)] = child
+def take(
+    sockets: dict[FourTuple, socket.socket], guard: Guard, seconds: float | None
+) -> dict[FourTuple, socket.socket]:
+    """What waits in the queues of the listeners among them. Raises Refused if a handshake does not end, KernelError."""
+    listeners = listening(sockets.values())
+    for listener in listeners:
+        settle(listener, seconds=HANDSHAKES if seconds is None else seconds, owner_accepts=seconds is not None)
+    return {_name(child): child for child in guard.accepted()} if listeners else {}
+
+
+def listening(sockets: Iterable[socket.socket]) -> list[socket.socket]:
+    """Those that listen."""
+    return [sock for sock in sockets if sockopt.state(sock) == TcpState.LISTEN]
+
+
+def keep(taken: Iterable[socket.socket], seconds: float) -> None:
+    """Until the time is over, or they are: another dump has taken them."""
+    left = {sock.fileno(): sock for sock in taken}
+    ends = select.poll()
+    for descriptor in left:
+        ends.register(descriptor, 0)
+    limit = time.monotonic() + seconds
+    while left and (now := time.monotonic()) < limit:
+        for descriptor, _ in ends.poll((limit - now) * 1000):
+            ends.unregister(descriptor)
+            left.pop(descriptor).close()
+
+
+def refusals(sockets: Mapping[FourTuple, socket.socket], listeners: Collection[socket.socket]) -> RefusalTable:
+    """While its records travel, nobody is told that a server is not here; what stands as long as a guard has it."""
+    ends = set()
+    for (local, port, _, _), sock in sockets.items():
+        if sock in listeners:
+            ends.add((local, port))
+            if local == bytes(16) and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+                ends.add((bytes(4), port))
+    return RefusalTable(ends)
 
 
 def _name(sock: socket.socket) -> FourTuple:

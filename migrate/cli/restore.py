@@ -222,7 +222,7 @@ def _held(
         yield None
         return
     name, tuples = holds.new_name(), [record.four_tuple for record in records]
-    guard = Guard(lambda _: _keep_waiting(name, seconds))
+    guard = Guard(lambda *_: _keep_waiting(name, seconds))
     failed = True
     try:
         # The way out stays open, for the window probe of an activation; a silent socket has next to nothing to say.

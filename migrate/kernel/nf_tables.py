@@ -35,7 +35,8 @@ NEWTABLE, GETTABLE, DELTABLE, NEWCHAIN, NEWRULE, DELRULE, NEWSET = 0, 1, 2, 3, 6
 NEWSETELEM, GETSETELEM, DELSETELEM = 12, 13, 14
 
 # enum nft_*_attributes
-TABLE_NAME, TABLE_USERDATA = 1, 6
+TABLE_NAME, TABLE_FLAGS, TABLE_USERDATA = 1, 2, 6
+TABLE_F_OWNER = 2
 CHAIN_TABLE, CHAIN_NAME, CHAIN_HOOK, CHAIN_TYPE = 1, 3, 4, 7
 HOOK_HOOKNUM, HOOK_PRIORITY, HOOK_DEV = 1, 2, 3
 RULE_TABLE, RULE_CHAIN, RULE_EXPRESSIONS = 1, 2, 4
@@ -81,11 +82,12 @@ def concatenated(*types: int) -> int:
     return number
 
 
-def new_table(family: int, name: str, comment: str, *, exclusive: bool) -> bytes:
-    """``exclusive``: EEXIST if it is there; otherwise the one that is there stays."""
+def new_table(family: int, name: str, comment: str, *, exclusive: bool, owned: bool = False) -> bytes:
+    """``exclusive``: EEXIST if it is there; otherwise the one that is there stays. ``owned``: it goes when we do."""
     described = bytes((UDATA_COMMENT, len(comment) + 1)) + comment.encode() + b"\0"
     flags = NLM_F_CREATE | (NLM_F_EXCL if exclusive else 0)
-    return message(NEWTABLE, family, text(TABLE_NAME, name), attribute(TABLE_USERDATA, described), flags=flags)
+    kept = attribute(TABLE_FLAGS, TABLE_F_OWNER.to_bytes(4)) if owned else b""
+    return message(NEWTABLE, family, text(TABLE_NAME, name), kept, attribute(TABLE_USERDATA, described), flags=flags)
 
 
 def del_table(family: int, name: str) -> bytes:

@@ -1,7 +1,7 @@
-"""The three nftables tables of tcpmig: hold connections, forward single flows, keep a standby from answering RST.
+"""The nftables tables of tcpmig: hold connections, forward single flows, keep a standby or a port from answering RST.
 
-A table outlives the process that made it, which is the point: a hold must stand while an agent restarts. It belongs to
-the network namespace in which the object was made. `nft list ruleset` prints all of it readably.
+But for `RefusalTable` a table outlives the process that made it: a hold must stand while an agent restarts. It belongs
+to the network namespace in which the object was made. `nft list ruleset` prints all of it readably.
 
 Sources: include/uapi/linux/netfilter/nf_tables.h, and nft(8) for what the rules mean.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import os
 import re
 import socket
 import sys
@@ -23,11 +24,11 @@ from migrate.kernel import nf_tables as nf
 from migrate.kernel.nflog import Listener
 from migrate.kernel.nft_table import PREFIX, PRIORITY_RAW, VERSIONS, Ip, Table, keys, load_key, only_tcp, tables
 
-__all__ = ["MARK", "ForwardTable", "GuardTable", "Held", "HoldTable", "sweep", "tables"]
+__all__ = ["MARK", "ForwardTable", "GuardTable", "Held", "HoldTable", "RefusalTable", "sweep", "tables"]
 
 MARK = 0x7463706D  # "tcpm": SO_MARK of what tcpmig itself injects; every hold lets it pass
 
-HOLD, FORWARD, GUARD = PREFIX + "hold-", PREFIX + "forward-", PREFIX + "guard-"
+HOLD, FORWARD, GUARD, REFUSAL = (PREFIX + kind for kind in ("hold-", "forward-", "guard-", "refusal-"))
 PRIORITY_INGRESS = -500  # of several rules at a device: before a load balancer's own
 
 _COMMENT = "tcpmig: hold, NFLOG group "  # and the number: how an adopter finds it
@@ -315,6 +316,40 @@ class GuardTable(Table):
                 nf.new_rule(family, name, chain, *match, nf.verdict(nf.NF_DROP)),
             ]
         )
+
+
+class RefusalTable(Table):
+    """No SYN to these ends (a packed address, zeros for any, and a port) is answered by RST, so the peer repeats it.
+
+    The kernel removes the table when the last process that has it closes it or dies.
+    """
+
+    family = nf.NFPROTO_INET
+
+    def __init__(self, ends: Collection[tuple[bytes, int]]) -> None:
+        """Raises PrivilegeError, HostError where nftables cannot do it."""
+        super().__init__(f"{REFUSAL}{os.getpid()}")
+        family, name, chain = self.family, self.name, "departing"
+        requests = [
+            nf.new_table(family, name, "tcpmig: listeners that are on their way", exclusive=True, owned=True),
+            nf.new_chain(family, name, chain, hook=nf.NF_INET_LOCAL_OUT, priority=PRIORITY_RAW),
+        ]
+        where = nf.register(0)
+        for address, port in ends:
+            ip = next(ip for ip in VERSIONS if ip.size == len(address))
+            match = only_tcp(family, ip)
+            if any(address):
+                match += nf.payload(nf.NETWORK_HEADER, ip.source, ip.size, where), nf.compare(where, address)
+            match += nf.payload(nf.TRANSPORT_HEADER, 0, 2, where), nf.compare(where, port.to_bytes(2))
+            # What answers a SYN has the sequence number 0 (RFC 9293, section 3.10.7.1).
+            match += nf.payload(nf.TRANSPORT_HEADER, 4, 4, where), nf.compare(where, bytes(4))
+            match += *_flags(_RST), nf.compare(where, bytes((_RST,)))
+            requests.append(nf.new_rule(family, name, chain, *match, nf.verdict(nf.NF_DROP)))
+        self._build(requests)
+
+    def fileno(self) -> int:
+        """What keeps it."""
+        return self._netfilter.fileno()
 
 
 def sweep() -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from migrate.kernel import diag
 from migrate.kernel.option_values import md5_key
 from migrate.tcpstate import TcpState
+from tests.capture import SYN
 from tests.fix_netns import Lan, LanFactory
 from tests.waiting import until
 
@@ -81,6 +84,48 @@ def test_a_server_moves_with_its_queue(server: Server, tmp_path: Path) -> None:
         with server.connect() as newcomer:
             newcomer.send(b"new")
             assert newcomer.recv(100) == b"new"
+        assert not wire.rsts
+
+
+def test_who_connects_meanwhile_tries_again(server: Server, tmp_path: Path) -> None:
+    """No listener here any more, and the address not there yet."""
+    file = tmp_path / "server.ici"
+    with server.net.capture("client") as wire, server.net.host("client").entered(), socket.socket() as newcomer:
+        (saved,) = server.dump(file, "--state", "LISTEN", "--hold", "30")
+        assert saved["ok"]
+        newcomer.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            newcomer.connect((server.net.vip4, PORT))
+        until(lambda: [each for each in wire.segments if each.flags & SYN], what="its SYN")
+        server.net.withdraw(server.a, server.net.vip4)
+        server.net.assign(server.b, server.net.vip4)
+        server.net.host("client").run(["ip", "neigh", "flush", "all"])
+        server.b.popen([*TCPMIG, "restore", file, "--systemd", "--", sys.executable, "-c", ECHO])
+        newcomer.settimeout(20)
+        newcomer.send(b"late")
+        assert newcomer.recv(100) == b"late"
+        assert not wire.rsts
+
+
+def test_a_dump_that_fails_keeps_what_it_accepted(server: Server, tmp_path: Path) -> None:
+    """The disk is full: what waited in the queue cannot be put back, and is there for another dump."""
+    room, file = tmp_path / "room", tmp_path / "server.ici"
+    room.mkdir()
+    with server.connect() as client, server.net.capture("client") as wire:
+        client.send(b"hello")
+        small = f"mount -t tmpfs -o size=4k tmpfs {room} && head -c 4096 /dev/zero > {room}/rest; exec "
+        command = [*TCPMIG, "dump", "--local", f"{server.net.vip4}:{PORT}", "--state", "LISTEN", "-o", f"{room}/x"]
+        done = server.a.run(["unshare", "-m", "sh", "-c", small + shlex.join(command)], check=False)
+        assert done.returncode == 1 and "No space left on device" in done.stderr
+        found = re.search(r"1 connections .* --pid (\d+)", done.stderr)
+        assert found, done.stderr
+        with server.connect(), server.a.entered():  # the listener goes on
+            until(lambda: len(diag.list_connections(states={TcpState.ESTABLISHED})) == 2)
+        (saved,) = server.dump(file, "--pid", found[1], "--steer", "vip:eth0")
+        assert saved["ok"]
+        until(lambda: not Path("/proc", found[1]).exists(), what="it keeps nothing any more")
+        server.b.popen([*TCPMIG, "restore", file, "--steer", "vip:eth0", "--", "cat"])
+        assert client.recv(100) == b"hello"
         assert not wire.rsts
 
 

@@ -15,7 +15,7 @@ from migrate.fourtuple import FourTuple, unmapped
 from migrate.kernel import sockopt, uapi
 from tests.fix_netns import Host
 
-__all__ = ["KINDS", "Pair", "numbers", "pair", "unacknowledged", "unprivileged"]
+__all__ = ["KINDS", "Pair", "echo", "flow", "numbers", "pair", "unacknowledged", "unprivileged"]
 
 KINDS = ["IPv4", "IPv6", "mapped"]  # the last: an IPv6 socket at the server, IPv4 on the wire
 
@@ -43,6 +43,13 @@ def pair(client: Host, server: Host, kind: str) -> Iterator[Pair]:
             sock.settimeout(10)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield Pair(here, there, flow(there))
+
+
+def echo(ends: Pair) -> None:
+    """A word in each direction."""
+    for one, two in ((ends.client, ends.server), (ends.server, ends.client)):
+        one.sendall(b"ping")
+        assert two.recv(4) == b"ping"
 
 
 def flow(sock: socket.socket) -> FourTuple:

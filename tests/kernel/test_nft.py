@@ -21,7 +21,7 @@ from migrate.kernel.nflog import Listener
 from migrate.kernel.nft import MARK, GuardTable, HoldTable, sweep, tables
 from tests.capture import Segment
 from tests.fix_netns import Host, LanFactory
-from tests.kernel.pairs import KINDS, Pair, pair, unprivileged
+from tests.kernel.pairs import KINDS, echo, pair, unprivileged
 from tests.waiting import until
 
 V4 = FourTuple.parse("10.0.0.1:80,10.0.0.9:53972")
@@ -117,12 +117,6 @@ def test_a_held_connection_stands_still_from_both_sides(lan: LanFactory, kind: s
         table.remove([ends.flow])
         assert ends.server.recv(100) == b"to the server"
         assert ends.client.recv(100) == b"to the client"
-
-
-def echo(ends: Pair) -> None:
-    for one, two in ((ends.client, ends.server), (ends.server, ends.client)):
-        one.sendall(b"ping")
-        assert two.recv(4) == b"ping"
 
 
 def test_the_sides_are_held_and_let_go_one_by_one(lan: LanFactory) -> None:
@@ -348,50 +342,3 @@ def test_one_change_is_quick(host: Host) -> None:
     for limit, times in ((0.3, single), (75, batch)):
         for step in zip(*times, strict=True):
             assert statistics.median(step) < limit
-
-
-# The guard
-
-
-@pytest.mark.parametrize("family", [4, 6])
-@pytest.mark.parametrize("port", [None, 81], ids=["all", "port"])
-def test_no_rst_leaves_from_a_guarded_address(lan: LanFactory, family: int, port: int | None) -> None:
-    net = lan("client", "a")
-    client, a = net.host("client"), net.host("a")
-    vip, own = (net.vip4, a.ip4) if family == 4 else (net.vip6, a.ip6)
-    net.assign(a, vip)
-    number = socket.AF_INET if family == 4 else socket.AF_INET6
-
-    def refused(address: str, port: int) -> bool:
-        with client.entered():
-            sock = socket.socket(number)
-        with sock:
-            sock.settimeout(0.25)
-            try:
-                sock.connect((address, port))
-            except TimeoutError:
-                return False
-            except ConnectionRefusedError:
-                return True
-        raise AssertionError("nobody listens")
-
-    assert refused(vip, 81)
-    for _ in range(2):  # a guard that is there already stays
-        with a.entered(), GuardTable(socket.inet_pton(number, vip), port):
-            pass
-        assert not refused(vip, 81)
-    assert listed(a).count(" drop") == 1
-    assert refused(vip, 82) is (port is not None)
-    assert refused(own, 81)
-    with a.entered(), pair(client, a, "IPv4" if family == 4 else "IPv6") as ends:
-        echo(ends)
-    with a.entered():
-        GuardTable(socket.inet_pton(number, vip), port).delete()
-    assert refused(vip, 81)
-    assert listed(a) == ""
-
-
-@pytest.mark.parametrize(("address", "port"), [(b"10.0.0.1", None), (bytes(4), 0), (bytes(4), 65536), (b"", 80)])
-def test_a_guard_of_nonsense_is_refused(address: bytes, port: int | None) -> None:
-    with pytest.raises(UsageError, match="a guard is for"):
-        GuardTable(address, port)
