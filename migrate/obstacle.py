@@ -5,7 +5,12 @@ from __future__ import annotations
 from migrate.errors import Refused
 from migrate.tcpstate import REBUILD, TcpState
 
-__all__ = ["obstacle"]
+__all__ = ["obstacle", "unowned"]
+
+_WAYS_OUT = {
+    TcpState.SYN_RECEIVED: "`tcpmig dump --wait-handshakes SECONDS` waits longer",
+    TcpState.TIME_WAIT: "`tcpmig dump` takes it along; agents leave it to itself",
+}
 
 
 def obstacle(
@@ -23,7 +28,7 @@ def obstacle(
         )
     known = TcpState.from_kernel(state)
     if not REBUILD[known].dumpable:
-        return Refused(f"it is in {known.name}: {REBUILD[known].reason}")
+        return Refused(f"it is in {known.name}: {REBUILD[known].reason}", hint=_WAYS_OUT[known])
     if upper_layer == "tls":
         return Refused("its TLS keys live in the kernel (kTLS)", hint="switch kernel TLS off in the application")
     if upper_layer:
@@ -36,3 +41,12 @@ def obstacle(
             hint="a program that knows the key can: docs/options.md, TCP_MD5SIG",
         )
     return None
+
+
+def unowned(state: TcpState, *, referenced: bool) -> Refused:
+    """Why one cannot be moved that no process has open. It has an inode if it is ``referenced``, by one out of sight."""
+    if referenced:
+        return Refused("no process has it open")
+    if state in (TcpState.ESTABLISHED, TcpState.CLOSE_WAIT):
+        return Refused("nobody has accepted it yet", hint="it goes along with its listener")
+    return Refused("its owner has closed it, and the kernel brings it to its end")

@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 from migrate.errors import Error, NotFound, PrivilegeError, Refused
 from migrate.fourtuple import FourTuple
 from migrate.kernel import diag, pidfd
-from migrate.obstacle import obstacle
+from migrate.obstacle import obstacle, unowned
 from migrate.tcpstate import TcpState
 
 __all__ = ["Found", "Selector", "Takers", "find"]
@@ -45,7 +45,7 @@ class Found(NamedTuple):
         """Why it cannot be moved, as far as can be seen from outside; needs diag's Extension.INFO."""
         refused = obstacle(self.connection.state, upper_layer=self.connection.ulp, signed=self.connection.signed)
         if refused is None and not self.owners:
-            return Refused("no process has it open")
+            return unowned(self.connection.state, referenced=self.connection.inode != 0)
         return refused
 
 

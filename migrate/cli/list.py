@@ -10,11 +10,10 @@ from collections.abc import Sequence
 
 from migrate.cli import selector
 from migrate.cli.output import Output, bytes_text
-from migrate.errors import Refused
 from migrate.kernel import tcpinfo
 from migrate.kernel.diag import Connection, Extension
 from migrate.kernel.pidfd import Owner
-from migrate.obstacle import obstacle
+from migrate.obstacle import obstacle, unowned
 from migrate.tcpstate import TcpState
 
 __all__ = ["add_arguments", "run"]
@@ -41,7 +40,7 @@ def run(arguments: argparse.Namespace, output: Output) -> int:
 
 def _row(connection: Connection, owners: Sequence[Owner]) -> tuple[str, ...]:
     local, local_port, remote, remote_port = connection.four_tuple
-    name, answer, _ = _judged(connection.state, connection.ulp, connection.signed, bool(owners))
+    name, answer, _ = _judged(connection.state, connection.ulp, connection.signed, bool(owners), connection.inode != 0)
     receive, send = connection.recv_queue, connection.send_queue
     return (
         f"{_address(local)}:{local_port}",
@@ -56,7 +55,7 @@ def _row(connection: Connection, owners: Sequence[Owner]) -> tuple[str, ...]:
 
 def _object(connection: Connection, owners: Sequence[Owner]) -> dict[str, object]:
     local, _, remote = str(connection.four_tuple).partition(",")
-    name, _, reason = _judged(connection.state, connection.ulp, connection.signed, bool(owners))
+    name, _, reason = _judged(connection.state, connection.ulp, connection.signed, bool(owners), connection.inode != 0)
     info = connection.info
     return {
         "local": local,
@@ -72,11 +71,13 @@ def _object(connection: Connection, owners: Sequence[Owner]) -> dict[str, object
 
 
 @functools.cache
-def _judged(state: TcpState, upper_layer: str, signed: bool, owned: bool) -> tuple[str, str, str | None]:
+def _judged(
+    state: TcpState, upper_layer: str, signed: bool, owned: bool, referenced: bool
+) -> tuple[str, str, str | None]:
     """The state's name, whether the connection can migrate, and why not, for people and for programs."""
     refused = obstacle(state, upper_layer=upper_layer, signed=signed)
     if refused is None and not owned:
-        refused = Refused("no process has it open")
+        refused = unowned(state, referenced=referenced)
     return state.name, "yes" if refused is None else f"no: {refused.what}", None if refused is None else str(refused)
 
 
