@@ -19,7 +19,7 @@ from migrate.errors import Error
 from migrate.fourtuple import MAPPED
 from migrate.ici import Ici, Queue
 from migrate.kernel import batch, heap, options
-from migrate.kernel.snapshot import Snapshot
+from migrate.kernel.snapshot import Numbers, Snapshot
 from migrate.tcpstate import TcpState
 
 __all__ = ["dump_many", "prepare", "release_many"]
@@ -28,6 +28,9 @@ _AT_ONCE = batch.MOST  # what was read of so many stays in the processor's cache
 _ESTABLISHED = int(TcpState.ESTABLISHED)
 _INET, _INET6, _TCP = int(socket.AF_INET), int(socket.AF_INET6), int(socket.IPPROTO_TCP)
 _PORT = struct.Struct("!H").unpack
+_STATE = Numbers._fields.index("state")
+_QUEUED = slice(Numbers._fields.index("rmem_alloc"), Numbers._fields.index("copied_seq") + 1)
+_Queues = tuple[Queue, Queue, int, int, bytes]  # sent, unsent, rcv_nxt, urgent and received of a record
 
 
 class _Bulk:
@@ -105,17 +108,67 @@ def _dump_some(socks: Sequence[socket.socket]) -> list[Ici | Error]:
     frozen = _freeze(socks, good, results)
     after = snapshot.take_many([descriptors[place] for place in frozen])
     now, clock = time.time_ns(), time.monotonic_ns()
+    queues = _queues(socks, frozen, after, before)
     for place, numbers in zip(frozen, after, strict=True):
         try:
-            *_, write_seq, snd_nxt = before[place]
-            notsent = write_seq - snd_nxt & 0xFFFFFFFF
-            results[place] = _record(snapshot, socks[place], numbers, notsent, found[place], now=now, clock=clock)
+            full = queues.get(place)
+            if isinstance(full, Exception):
+                raise full
+            results[place] = _record(snapshot, numbers, found[place], full, now=now, clock=clock)
         except (Error, OSError) as error:
             checkpoint.leave(socks[place], found[place])
             results[place] = error if isinstance(error, Error) else checkpoint.explained(error)
     if not _bulk.trusted and frozen:
         _compare(socks, frozen, found, results)
     return [_one(socks[place]) if result is None else result for place, result in enumerate(results)]
+
+
+def _queues(
+    socks: Sequence[socket.socket], places: list[int], after: list[tuple[Any, ...]], before: list[tuple[Any, ...]]
+) -> dict[int, _Queues | Exception]:
+    """The queues of those that have any, by place, or why they cannot be read.
+
+    Copied one after the other, with nothing in between: a copy throws out of the processor's nearest cache what an
+    interpreter has there, and it costs less to fetch little of it again.
+    """
+    unread: list[tuple[int, socket.socket, int, int]] = []
+    copied: dict[int, _Queues | Exception] = {}
+    for place, numbers in zip(places, after, strict=True):
+        rmem_alloc, wmem_queued, _, write_seq, snd_una, _, rcv_nxt, copied_seq = numbers[_QUEUED]
+        if not (rmem_alloc or wmem_queued) or (write_seq == snd_una and rcv_nxt == copied_seq):
+            continue  # more may be bookkeeping, or segments out of order
+        *_, urg_data, peek_off, _, _ = numbers
+        # In other states rcv_nxt may count a FIN.
+        if write_seq == snd_una and numbers[_STATE] == _ESTABLISHED and not urg_data and peek_off < 0:
+            unread.append((place, socks[place], rcv_nxt - copied_seq & 0xFFFFFFFF, rcv_nxt))
+            continue
+        try:
+            *_, wrote, sent = before[place]
+            copied[place] = _both(socks[place], numbers, wrote - sent & 0xFFFFFFFF)
+        except (Error, OSError) as error:
+            copied[place] = error
+    read = checkpoint.plain_receive_queue
+    for place, sock, length, rcv_nxt in unread:
+        try:
+            copied[place] = b"", b"", rcv_nxt, -1, read(sock, length)
+        except (Error, OSError) as error:
+            copied[place] = error
+    return copied
+
+
+def _both(sock: socket.socket, numbers: Sequence[Any], notsent: int) -> _Queues:
+    """Of a frozen socket; ``notsent`` was unsent before it was frozen."""
+    _, wmem_queued, _, write_seq, snd_una, snd_nxt, rcv_nxt, copied_seq = numbers[_QUEUED]
+    sent: Queue = b""
+    unsent: Queue = b""
+    received, urgent = b"", -1
+    if wmem_queued and write_seq != snd_una:
+        # As in checkpoint: what left since the hold stands met the hold and not the peer.
+        notsent = max(write_seq - snd_nxt & 0xFFFFFFFF, notsent)
+        sent, unsent = checkpoint.send_queue(sock, numbers[_STATE], write_seq - snd_una & 0xFFFFFFFF, notsent)
+    if rcv_nxt != copied_seq:
+        rcv_nxt, urgent, received = checkpoint.receive_queue(sock)
+    return sent, unsent, rcv_nxt, urgent, received
 
 
 def _freeze(socks: Sequence[socket.socket], places: list[int], results: list[Ici | Error | None]) -> list[int]:
@@ -167,35 +220,22 @@ def _one(sock: socket.socket) -> Ici | Error:
 
 def _record(
     snapshot: Snapshot,
-    sock: socket.socket,
     numbers: Sequence[Any],
-    notsent: int,
     found: dict[str, options.Value],
+    queues: _Queues | None,
     *,
     now: int,
     clock: int,
 ) -> Ici:
-    """The record of a frozen socket: the same as dump() makes of it. ``notsent`` was unsent before it was frozen."""
+    """The record of a frozen socket: the same as dump() makes of it."""
     (
         family, state, _, _, local, local_port, remote, remote_port, local6, remote6,
-        rmem_alloc, wmem_queued, rcvbuf, write_seq, snd_una, snd_nxt, rcv_nxt, copied_seq,
+        _, _, rcvbuf, _, snd_una, _, rcv_nxt, _,
         snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup, mss_clamp, mss, advmss,
-        tsoffset, cwnd, ssthresh, srtt, mdev, urg_data, peek_off, bits, congestion,
+        tsoffset, cwnd, ssthresh, srtt, mdev, _, _, bits, congestion,
     ) = numbers  # fmt: skip
     timestamps, sack, snd_wscale, rcv_wscale, ecn = snapshot.negotiated(bits)
-    sent: Queue = b""
-    unsent: Queue = b""
-    received = b""
-    urgent = -1
-    if wmem_queued and write_seq != snd_una:
-        # As in checkpoint: what left since the hold stands met the hold and not the peer.
-        notsent = max(write_seq - snd_nxt & 0xFFFFFFFF, notsent)
-        sent, unsent = checkpoint.send_queue(sock, state, write_seq - snd_una & 0xFFFFFFFF, notsent)
-    if rmem_alloc and rcv_nxt != copied_seq:
-        if state == _ESTABLISHED and not urg_data and peek_off < 0:  # in other states rcv_nxt may count a FIN
-            received = checkpoint.plain_receive_queue(sock, rcv_nxt - copied_seq & 0xFFFFFFFF)
-        else:
-            rcv_nxt, urgent, received = checkpoint.receive_queue(sock)
+    sent, unsent, rcv_nxt, urgent, received = queues or (b"", b"", rcv_nxt, -1, b"")
     if found:
         checkpoint.leave_out_what_comes_by_itself(found, advmss, rcvbuf)
     if family == _INET6 and not local6.startswith(MAPPED):

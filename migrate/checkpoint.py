@@ -64,6 +64,7 @@ _FIN_QUEUED = frozenset(state for state, plan in REBUILD.items() if plan.sent_fi
 _TCP, _MAXSEG = int(socket.IPPROTO_TCP), socket.TCP_MAXSEG  # names of this module are found quicker than others
 _TIMESTAMPS, _USEC_TS, _SACK = uapi.TCPI_OPT_TIMESTAMPS, uapi.TCPI_OPT_USEC_TS, uapi.TCPI_OPT_SACK
 _WSCALE, _ECN = uapi.TCPI_OPT_WSCALE, uapi.TCPI_OPT_ECN
+_REPAIR_QUEUE, _PEEK = uapi.TCP_REPAIR_QUEUE, socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 HOST, KERNEL = os.uname().nodename, os.uname().release
 
@@ -198,12 +199,21 @@ def leave_out_what_comes_by_itself(found: dict[str, options.Value], advmss: int,
     lock = found.get("SO_BUF_LOCK", 0)
     if lock not in (1, 3):  # SOCK_SNDBUF_LOCK, and SOCK_RCVBUF_LOCK as well
         found.pop("SO_SNDBUF", None)  # follows the congestion window
-    if (
-        lock in (0, 1)
-        and "SO_RCVBUF" not in found
-        and found.get("TCP_WINDOW_CLAMP") == max(2 * advmss, rcvbuf // 2 - advmss)
-    ):
-        del found["TCP_WINDOW_CLAMP"]
+    if lock in (0, 1) and "SO_RCVBUF" not in found:
+        clamp = found.get("TCP_WINDOW_CLAMP", 0)
+        if clamp == max(2 * advmss, rcvbuf // 2 - advmss) or _measured(clamp, rcvbuf):
+            del found["TCP_WINDOW_CLAMP"]
+
+
+def _measured(clamp: options.Value, rcvbuf: int) -> bool:
+    """Whether it is what the kernel gives that buffer once it has seen how well segments fill their memory.
+
+    That is rcvbuf * scaling_ratio / 256, where the ratio begins with a half: tcp_measure_rcv_mss() in tcp_input.c.
+    """
+    if not isinstance(clamp, int) or not rcvbuf // 2 < clamp < rcvbuf:
+        return False
+    ratio = -(-clamp * 256 // rcvbuf)
+    return rcvbuf * ratio >> 8 == clamp
 
 
 def thaw(sock: HasFileno, record: Ici | None = None) -> None:
@@ -263,9 +273,12 @@ def send_queue(sock: socket.socket, state: int, outstanding: int, notsent: int) 
 
 def plain_receive_queue(sock: socket.socket, length: int) -> bytes:
     """What is unread where its length is known, there is no urgent byte and SO_PEEK_OFF is not set."""
-    sockopt.select_queue(sock, uapi.TCP_RECV_QUEUE)
-    data = _peek(sock, length, "receive")
-    sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
+    put = sock.setsockopt
+    put(_TCP, _REPAIR_QUEUE, uapi.TCP_RECV_QUEUE)
+    data = sock.recv(length + 1, _PEEK)
+    put(_TCP, _REPAIR_QUEUE, uapi.TCP_NO_QUEUE)
+    if len(data) != length:
+        _require_length(data, length, "receive")
     return data
 
 

@@ -121,25 +121,56 @@ def _connect(
         return
     _set_options(together, groups, options.Phase.BEFORE_CONNECT)
     failed = together.connect(descriptors) or ()
-    rest = []  # those whose windows what comes after may have changed
+    full: list[tuple[int, Restored, Ici]] = []
     for number, (place, sock) in enumerate(zip(places, socks, strict=True)):
         if failed and (number in failed or -1 in failed):
             continue
         record = sock.record
         assert record is not None
-        if record.received or record.sent or defaults.get((record.local, record.remote)) != record.congestion:
-            if not _finish(defaults, sock, record):
-                continue
-            if record.received or record.sent:
-                rest.append(sock)
-        results[place] = sock
+        if record.congestion and defaults.get((record.local, record.remote)) != record.congestion:
+            choose_congestion(sock, record, defaults)
+        if record.received or record.sent:
+            full.append((place, sock, record))
+        else:
+            results[place] = sock
+    rest = _fill(full, results)  # those whose windows what came after connect() may have changed
     if groups:
         _set_options(together, groups, options.Phase.IN_REPAIR)
         rest += [sock for chosen, row in groups if not _OF_WINDOWS.isdisjoint(chosen) for sock in row]
-    for sock in rest:
-        ici = sock.record
-        assert ici is not None
-        sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup))
+    if rest:
+        _set_windows(together, rest)
+
+
+def _fill(full: Sequence[tuple[int, Restored, Ici]], results: list[Restored | Error | None]) -> list[Restored]:
+    """The queues of those that have any, which are in ``results`` and returned if that could be."""
+    filled = []
+    for place, sock, ici in full:
+        try:
+            if ici.received:  # that queue is still selected
+                fill(sock, ici.received, RECEIVE)
+            if ici.sent:
+                sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
+                fill(sock, ici.sent, SEND)
+                sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
+        except OSError:
+            continue
+        results[place] = sock
+        filled.append(sock)
+    return filled
+
+
+def _set_windows(together: batch.Batch, socks: Sequence[Restored]) -> None:
+    windows = [
+        (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup)
+        for sock in socks
+        if (ici := sock.record) is not None
+    ]
+    descriptors = [sock.fileno() for sock in socks]
+    for start in range(0, len(socks), batch.MOST):  # a socket may be there twice
+        some = slice(start, start + batch.MOST)
+        if together.set_windows(descriptors[some], windows[some]):
+            for sock, window in zip(socks[some], windows[some], strict=True):
+                sockopt.set_window(sock, window)
 
 
 def _put(together: batch.Batch, place: int, ici: Ici) -> None:
@@ -167,22 +198,6 @@ def _put(together: batch.Batch, place: int, ici: Ici) -> None:
         ici.rcv_wnd,
         rcv_wup,
     )
-
-
-def _finish(defaults: Defaults, sock: Restored, ici: Ici) -> bool:
-    """What not all need: congestion control, queues. False if that cannot be."""
-    try:
-        if ici.congestion:
-            choose_congestion(sock, ici, defaults)
-        if ici.received:  # that queue is still selected
-            fill(sock, ici.received, RECEIVE)
-        if ici.sent:
-            sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
-            fill(sock, ici.sent, SEND)
-            sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
-    except (Error, OSError):
-        return False
-    return True
 
 
 def _groups(socks: Sequence[Restored]) -> list[tuple[dict[str, options.Value], list[Restored]]]:

@@ -27,12 +27,13 @@ MOST = 64  # sockets of which all that is written stays in the processor's cache
 Failures = Mapping[int, int] | None
 
 _OPTIONS_AT_ONCE = 16
-_ENTRIES = (15 + _OPTIONS_AT_ONCE) * MOST
+_ENTRIES = (16 + _OPTIONS_AT_ONCE) * MOST
 
 _TCP = int(socket.IPPROTO_TCP)
 _INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)
 _ADDRESS = 28  # bytes of a struct sockaddr_in6; a struct sockaddr_in is the beginning of one
 _INT = struct.Struct("=i")
+_WINDOW = struct.Struct("=5I")
 _CONSTANTS = struct.Struct("=3i")  # TCP_REPAIR_ON, TCP_SEND_QUEUE, TCP_RECV_QUEUE
 _OPTIONS = 32  # bytes of four struct tcp_repair_opt
 _REBUILD = struct.Struct(f"=IIi{_ADDRESS}sH2s24s{_OPTIONS}sI5I")
@@ -55,6 +56,10 @@ class Batch:
             self._release = ring.program([connect(0, 16), setsockopt(_TCP, uapi.TCP_REPAIR, 16)], _alike(silence), MOST)
             self._probes = Values(_INT, b"", MOST)
             self._leave = ring.program([setsockopt(_TCP, uapi.TCP_REPAIR, 0)], self._probes, MOST)
+            self._windows = Values(_WINDOW, b"", MOST)
+            self._window = ring.program(
+                [setsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, 0, _WINDOW.size)], self._windows, MOST
+            )
             rebuild = Values(_REBUILD, _CONSTANTS.pack(1, uapi.TCP_SEND_QUEUE, uapi.TCP_RECV_QUEUE), MOST)
             self.size, self.put = rebuild.size, rebuild.put
             on, send, receive = (_REBUILD.size + 4 * place for place in range(3))
@@ -121,6 +126,12 @@ class Batch:
         Without repair mode a connect() would begin a handshake with the peer.
         """
         return self._connect.run(descriptors)
+
+    def set_windows(self, descriptors: Sequence[int], windows: Sequence[tuple[int, int, int, int, int]]) -> Failures:
+        """As sockopt.set_window()."""
+        for place, window in enumerate(windows):
+            self._windows.put(_WINDOW.size * place, *window)
+        return self._window.run(descriptors)
 
     def set_options(self, descriptors: Sequence[int], calls: tuple[tuple[int, int, bytes], ...]) -> Failures:
         """These setsockopt calls (level, number, value), the same on each socket."""

@@ -28,7 +28,7 @@ def keep() -> bool:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """No search for garbage meanwhile: of thousands of new objects none is, and each search goes through all of them."""
+    """No search for garbage meanwhile: of thousands of new objects none is, and a search goes through all."""
     if not gc.isenabled():
         yield
         return

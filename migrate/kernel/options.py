@@ -74,6 +74,7 @@ class _Memory:
         self.until = time.monotonic() + MEMORY
         self.fresh: dict[tuple[bytes, int, bool], _Fresh] = {}
         self.known: dict[bytes, _Known] = {}
+        self.same: dict[tuple[Any, ...], dict[str, Value]] = {}  # of those that need not be asked, by key and sizes
 
 
 class _Reader:
@@ -108,7 +109,10 @@ class _Reader:
         return self.fingerprint
 
     def recognise(self, fingerprint: Fingerprint, sock: socket.socket, taken: tuple[Any, ...]) -> dict[str, Value]:
-        key, send, receive, clamp, *_ = taken
+        sizes = taken[:4]
+        if (same := self.memory.same.get(sizes)) is not None:
+            return same.copy()
+        key, send, receive, clamp = sizes
         like = self.memory.known.get(key)
         if like is None:
             like = self.learn(fingerprint, sock)
@@ -121,6 +125,8 @@ class _Reader:
             options["SO_RCVBUF"] = receive
         if clamp != receive // 2:
             options["TCP_WINDOW_CLAMP"] = clamp
+        if key in self.memory.known and not like.ask and not like.charged:
+            self.memory.same[sizes] = options.copy()
         for option, default in like.ask:
             if (value := option_values.get(sock, option)) != default:
                 options[option.name] = value
