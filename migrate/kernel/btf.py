@@ -69,7 +69,7 @@ class Btf:
         Members of unnamed structures and unions count as the outer one's. Raises LookupError if there is none.
         """
         name, *members = path.split(".")
-        at: int | None = self._known(name)
+        at = self._seen(name)
         offset, found = 0, None
         for member in members:
             if at is None or (found := self._member(at, member)) is None:
@@ -112,11 +112,14 @@ class Btf:
 
     def _known(self, name: str, kind: int = _Kind.STRUCT) -> int:
         """The record of a named structure or function: found by looking for the name's own offset, which starts it."""
-        if (name, kind) not in self._found:
-            self._found[name, kind] = self._find(name, kind)
-        if (at := self._found[name, kind]) is None:
+        if (at := self._seen(name, kind)) is None:
             raise LookupError(f"the kernel has no {name}")
         return at
+
+    def _seen(self, name: str, kind: int = _Kind.STRUCT) -> int | None:
+        if (name, kind) not in self._found:
+            self._found[name, kind] = self._find(name, kind)
+        return self._found[name, kind]
 
     def _find(self, name: str, kind: int) -> int | None:
         where = self._raw.find(b"\0%s\0" % name.encode(), self._names, self._names_end)
