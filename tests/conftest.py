@@ -7,7 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest_plugins = ["tests.fix_netns", "tests.fix_programs", "tests.fix_agents", "tests.fix_keepalived"]
+pytest_plugins = [
+    "tests.fix_netns",
+    "tests.fix_programs",
+    "tests.fix_agents",
+    "tests.fix_keepalived",
+    "tests.fix_cgroup",
+]
 
 
 def pytest_sessionstart() -> None:

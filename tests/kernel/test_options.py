@@ -46,6 +46,12 @@ def here() -> Iterator[Host]:
         net.close()
 
 
+@pytest.fixture(autouse=True)
+def _in_a_cgroup(request: pytest.FixtureRequest) -> None:
+    if "SO_RESERVE_MEM" in request.node.name:
+        request.getfixturevalue("reservable")
+
+
 @pytest.fixture(scope="module")
 def prepared(here: Host) -> Iterator[options._Reader]:
     """A reader that recognises sockets by their fingerprints."""
