@@ -142,12 +142,34 @@ class Life:
             self.listener = socket.create_server(
                 (self.peer_address, 0), family=socket.AF_INET6 if self._ipv6 else socket.AF_INET
             )
+        self._call(self.listener.getsockname()[1], prepare)
+
+    def call(self, prepare: Callable[[socket.socket], None] | None = None) -> None:
+        """ACTIVE_OPEN: our SYN leaves to a peer that does not listen."""
+        self.peer.close()
+        with self.client.entered():
+            self.peer = socket.socket(socket.AF_INET6 if self._ipv6 else socket.AF_INET)
+        self.peer.bind((self.peer_address, 0))
+        self._call(self.peer.getsockname()[1], prepare)
+
+    def cross(self) -> None:
+        """The peer calls too, and each SYN arrives where one has left already: simultaneous open."""
+        with migrate.hold([self._four_tuple], netns=self.mover.here.netns, outgoing=False) as late:
+            self.peer.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                self.peer.connect((self.address.removeprefix("::ffff:"), self._four_tuple.local_port))
+            until(lambda: late.collect() or late.kept, what="the peer's SYN")
+            self.hear()
+            until(lambda: self.peer_state() is TcpState.SYN_RECEIVED)
+        until(lambda: {self.state(), self.peer_state()} == {TcpState.ESTABLISHED})
+        self._ready()
+
+    def _call(self, port: int, prepare: Callable[[socket.socket], None] | None) -> None:
         self.ours.close()
         self.ours = self.fresh(self.mover.here)
         if prepare:
             prepare(self.ours)
         self.ours.bind((self.address, 0))
-        port = self.listener.getsockname()[1]
         self.name(self.ours.getsockname()[1], port)
         self.deafen()
         self.ours.setblocking(False)

@@ -101,6 +101,7 @@ connections that nobody has accepted. "–": there is nothing to try.
 | SACK, window scaling, timestamps | move; each also tried without |
 | timestamps in microseconds | move; the unit can also change on the way, in both directions |
 | urgent data | moves, whether read inline or not; a mark whose byte was read out of band becomes unread again |
+| simultaneous open | moves after it, and before it in SYN_SENT |
 | Fast Open | such a connection moves like others; a listener keeps TCP_FASTOPEN |
 | out-of-order segments | not in the record: the peer repeats them |
 | a shut window | is probed from the new host |

@@ -11,7 +11,7 @@ import pytest
 import migrate
 from migrate.errors import HostError
 from migrate.kernel import sockopt, tcpinfo, uapi
-from migrate.kernel.segment import CWR, ECE
+from migrate.kernel.segment import ACK, CWR, ECE, SYN
 from migrate.pathstate import Marks
 from migrate.tcpstate import TcpState
 from tests.e2e.test_states import Field, field
@@ -269,3 +269,22 @@ def congested(host: Host, family: str) -> Callable[[], object]:
     chain = f"chain c {{ type filter hook postrouting priority 0; meta length > 1000 {kind} ecn set ce; }}"
     host.run(["nft", f"table {kind} congested {{ {chain}; }}"])
     return lambda: host.run(["nft", "delete", "table", kind, "congested"])
+
+
+@families
+@pytest.mark.parametrize("first", ["crosses", "moves"])
+def test_simultaneous_open(field: Field, family: str, first: str) -> None:
+    """The SYNs cross, and then it moves; or SYN_SENT moves, and then they cross."""
+    with field.life(family, full=True) as life:
+        life.call()
+        if first == "moves":
+            life.move()
+            assert life.state() is TcpState.SYN_SENT
+        life.cross()
+        if first == "crosses":
+            life.fill()
+            life.move()
+        life.deliver()
+        ends_well(life)
+        for side in (life.four_tuple.local, life.four_tuple.remote):
+            assert {SYN, SYN | ACK} <= {each.flags & (SYN | ACK) for each in life.wire.segments if each.source == side}
