@@ -22,6 +22,8 @@ from migrate.restore import (
     activate,
     choose_congestion,
     discard,
+    push,
+    queue_unsent,
     restore_with,
 )
 from migrate.tcpstate import TcpState
@@ -63,9 +65,10 @@ def activate_many(socks: Sequence[socket.socket]) -> list[Error | None]:
     results: list[Error | None] = []
     for start in range(0, len(socks), batch.MOST):
         some = socks[start : start + batch.MOST]
-        # What was never sent is written right after repair mode is left: a kill in between would lose it.
         plain = [
-            sock for sock in some if isinstance(sock, Restored) and sock.record is not None and _plain(sock.record)
+            sock
+            for sock in some
+            if isinstance(sock, Restored) and sock.record is not None and sock.record.state == _ESTABLISHED
         ]
         if together and len(plain) == len(some):
             with together.lock:
@@ -73,10 +76,6 @@ def activate_many(socks: Sequence[socket.socket]) -> list[Error | None]:
         else:
             results += [_activate(sock) for sock in some]
     return results
-
-
-def _plain(record: Ici) -> bool:
-    return record.state == _ESTABLISHED and not record.unsent
 
 
 def _some(together: batch.Batch, defaults: Defaults, records: Sequence[Ici]) -> Results:
@@ -129,14 +128,18 @@ def _connect(
         assert record is not None
         if record.congestion and defaults.get((record.local, record.remote)) != record.congestion:
             choose_congestion(sock, record, defaults)
-        if record.received or record.sent:
+        if record.received or record.sent or record.unsent:
             full.append((place, sock, record))
         else:
             results[place] = sock
-    rest = _fill(full, results)  # those whose windows what came after connect() may have changed
+    filled = _fill(full, results)
+    rest = [*filled]  # those whose windows what came after connect() may have changed
     if groups:
         _set_options(together, groups, options.Phase.IN_REPAIR)
         rest += [sock for chosen, row in groups if not _OF_WINDOWS.isdisjoint(chosen) for sock in row]
+    for sock in filled:
+        if sock.record is not None and sock.record.unsent:
+            queue_unsent(sock, sock.record, sock.record.rcv_wnd, sock.record.rcv_wup)
     if rest:
         _set_windows(together, rest)
 
@@ -228,7 +231,7 @@ def _one(defaults: Defaults, record: Ici) -> Restored | Error:
 
 
 def _speak(together: batch.Batch, socks: Sequence[Restored]) -> list[Error | None]:
-    probes = [sock.record is not None and bool(sock.record.sent) for sock in socks]
+    probes = [sock.record is not None and bool(sock.record.sent or sock.record.unsent) for sock in socks]
     if together.leave_repair([sock.fileno() for sock in socks], probes):
         return [_activate(sock) for sock in socks]
     try:
@@ -236,6 +239,8 @@ def _speak(together: batch.Batch, socks: Sequence[Restored]) -> list[Error | Non
     except Error as error:
         return [error] * len(socks)
     for sock in socks:
+        if sock.record is not None:
+            push(sock, sock.record)
         sock.record = None
     return [None] * len(socks)
 

@@ -9,12 +9,15 @@ The order of the calls in `restore` is the contract with the kernel:
 3. bind and connect, which in repair mode send nothing and give ESTABLISHED.
 4. What was negotiated, then the timestamp.
 5. The receive queue, then the part of the send queue that was sent: written in repair mode it counts as sent.
-6. FINs as the state asks for, then the windows. The socket is now silent.
+6. FINs as the state asks for.
+7. The rest of the send queue, for a moment outside of repair mode, in which it would count as sent: behind a closed
+   window it stays where it is. So whoever has the socket has all of it, should this process die at any later moment.
+8. The windows. The socket is now silent.
 
 That the receive queue stays selected if nothing else is done does not matter: the kernel looks at it only in repair
 mode, when somebody writes, and until `activate` nobody does.
 
-`activate` leaves repair mode and hands the rest of the send queue to the kernel as any application would.
+`activate` leaves repair mode and has the kernel send what it may. A FIN behind what was never sent comes only then.
 """
 
 from __future__ import annotations
@@ -43,6 +46,8 @@ __all__ = [
     "activate",
     "choose_congestion",
     "discard",
+    "push",
+    "queue_unsent",
     "restore",
     "restore_with",
 ]
@@ -181,8 +186,24 @@ def _rebuild(sock: Restored, ici: Ici, defaults: Defaults) -> None:
         sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
     if chosen:
         sock.unset += options.apply(sock, chosen, options.Phase.IN_REPAIR)
+    if ici.unsent:
+        queue_unsent(sock, ici, rcv_wnd, rcv_wup)
     # Last, because an injected segment changes the windows.
     sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, rcv_wnd, rcv_wup))
+
+
+def queue_unsent(sock: Restored, ici: Ici, rcv_wnd: int, rcv_wup: int) -> None:
+    """Behind a window of nothing: the caller sets the windows again."""
+    sockopt.set_window(sock, (ici.snd_wl1, 0, ici.max_window, rcv_wnd, rcv_wup))
+    sockopt.leave_repair(sock, probe=False)
+    fill(sock, ici.unsent, SEND, before=len(ici.sent))
+    sockopt.enter_repair(sock)
+
+
+def push(sock: Restored, ici: Ici) -> None:
+    """Send what is queued and may leave. Else the peer's answer to the probe does it, a round trip later."""
+    if ici.unsent and not ici.options.get("TCP_CORK"):
+        sock.setsockopt(_TCP, socket.TCP_CORK, 0)  # as it is; the kernel takes it for a wish to send
 
 
 def choose_congestion(sock: Restored, ici: Ici, defaults: Defaults) -> None:
@@ -213,11 +234,10 @@ def _activate(sock: Restored, ici: Ici) -> None:
     sockopt.leave_repair(sock, probe=bool(ici.sent or ici.unsent))
     if ici.options:
         sock.unset += options.apply(sock, ici.options, options.Phase.AFTER_REPAIR)
-    if ici.unsent:
-        fill(sock, ici.unsent, SEND, before=len(ici.sent))
-        if _steps_wait(ici):
-            with netns.entered_with(sock):  # segments are injected
-                _take_steps(sock, ici, _PLANS[ici.state].steps)
+    push(sock, ici)
+    if _steps_wait(ici):
+        with netns.entered_with(sock):  # segments are injected
+            _take_steps(sock, ici, _PLANS[ici.state].steps)
     sock.record = None
 
 

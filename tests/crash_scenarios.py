@@ -147,6 +147,13 @@ SCENARIOS = [
             "settle there destination, until destination:ACTIVE:RESOLVED, start"
         },
     ),
+    Scenario(
+        "gone before it releases, and settled there",
+        {
+            RELEASE: "kill, until destination:COMMITTED:LINK_LOST, settle there destination, "
+            "until destination:ACTIVE:RESOLVED, start, until destination:ABSENT:QUERY_AGAIN"
+        },
+    ),
     Scenario("slow to activate", {REPLAY: "until source:RELEASED:TIMEOUT, go"}),
     Scenario("stopped RELEASED", {REPLAY: "abort, until source:RELEASED:CANCEL, go"}),
     Scenario("dies before it activates", {REPLAY: "kill, start"}),
@@ -161,7 +168,10 @@ SCENARIOS = [
         },
     ),
     # They run there.
-    Scenario("late segments", {RELEASE: "pin, go, until destination:SERVING:RELEASED, unpin"}),
+    Scenario(
+        "late segments",
+        {RELEASE: "pin, go, until destination:SERVING:RELEASED, until source:LINGERING:ACTIVATED, unpin"},
+    ),
     Scenario("dies LINGERING", {"source:RELEASED:ACTIVATED": "kill, until destination:SERVING:LINK_LOST, start"}),
     Scenario(
         "dies before it forgets",

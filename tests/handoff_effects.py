@@ -128,6 +128,8 @@ def _forget(world: World, side: str, command: do.Forget) -> None:
     host = world.host(side)
     host.row = None
     host.records = frozenset()
+    if command.moved:
+        host.others = _ids(command) - command.moved
 
 
 def _hold(world: World, side: str, command: do.OnConnections) -> None:

@@ -85,10 +85,13 @@ def _timer(world: World, side: str) -> Iterator[Move]:
 
 def _life(world: World, side: str) -> Iterator[Move]:
     host = world.host(side)
-    if not host.up and world.dead != side:
+    gone = world.dead == side
+    if not host.up and (not gone or (world.spoken and world.faults.returns)):
         after = world.copy()
+        if gone:
+            after.spend("returns")
         after.restart(side)
-        yield Move(f"{side}: restart", True, after)
+        yield Move(f"{side}: restart", not gone, after)
     elif host.up and getattr(world.faults, f"{side}_crashes"):
         after = world.copy()
         after.spend(f"{side}_crashes")
@@ -155,6 +158,7 @@ def _people(world: World) -> Iterator[Move]:
     moved = {"RELEASED": True, "ACTIVE": True, "SETTLING": False} | ({} if world.registry else {"DOUBT": decided})
     if state in moved:
         after = world.copy()
+        after.spoken = True
         after.give(side, on.Resolved(moved[state]))
         yield Move(f"the operator of the {side} resolves", True, after)
 

@@ -52,6 +52,7 @@ class Faults(NamedTuple):
     outages: int = 0  # of the registry, before or after it did what it was asked
     refusals: int = 0  # connections that cannot be taken, frozen or rebuilt
     closes: int = 0  # connections that end by themselves, after they were moved
+    returns: int = 0  # of a host that was gone for good, when an operator has spoken in its place
 
 
 class Stream(NamedTuple):
@@ -79,6 +80,7 @@ class Host:
         self.steered: frozenset[bytes] = frozenset()
         self.reports: frozenset[str] = frozenset()
         self.died = False
+        self.others: frozenset[bytes] | None = None  # of the batch, if it came here and is over
 
     def crash(self) -> None:
         self.up = False
@@ -126,6 +128,7 @@ class World:
         self.streams: tuple[Stream, ...] = ()
         self.dialled = 0
         self.started = False
+        self.spoken = False  # an operator has, in place of the dead side
         self.points: set[str] | None = None  # where the transitions' names are collected, if anywhere
 
     def copy(self) -> World:
@@ -175,7 +178,8 @@ class World:
         steered = self.source.steered == self.destination.steered == self.destination.carried == moved
         told = {"moved" if moved else "stayed"} if self.started else set()
         heard = self.source.reports == told or (self.source.died and self.source.reports <= told)
-        return pairs <= {("r", "-"), ("-", "r"), ("-", "e")} and not self.claims and steered and heard
+        unclaimed = self.spoken or not self.claims  # what binds one that comes back stays
+        return pairs <= {("r", "-"), ("-", "r"), ("-", "e")} and unclaimed and steered and heard
 
     # ---- events
 
@@ -210,8 +214,10 @@ class World:
     def deliver(self, side: str, message: say.Message) -> None:
         host = self.host(side)
         if side == "destination" and (host.machine is None or (host.machine.over and not host.steps)):
-            machine = DestinationHandoff(BATCH, "source", journal="journal", registry=self.registry, times=TIMES)
-            host.machine = machine
+            others = host.others if isinstance(message, say.Query) else None
+            host.machine = DestinationHandoff(
+                BATCH, "source", journal="journal", registry=self.registry, others=others, times=TIMES
+            )
         self.give(side, message)
 
     def give(self, side: str, event: on.Event) -> None:
@@ -262,7 +268,7 @@ class World:
             for s in self.streams
         ]
         hosts = _host_key(self.source, first), _host_key(self.destination, first)
-        return (self.faults, self.claims, self.started, *hosts, *streams)
+        return (self.faults, self.claims, self.started, self.spoken, *hosts, *streams)
 
 
 def _host_key(host: Host, first: int) -> tuple[object, ...]:
@@ -278,6 +284,7 @@ def _host_key(host: Host, first: int) -> tuple[object, ...]:
         host.steered,
         host.reports,
         host.died,
+        host.others,
     )
     if machine is None:
         return lasting

@@ -121,7 +121,12 @@ class Arrivals(Driver):
             host = self.host
             registry = host.registry.identity if host.registry is not None else ""
             machine = DestinationHandoff(
-                message.batch, stream.peer, journal=host.journal.identity, registry=registry, times=host.times
+                message.batch,
+                stream.peer,
+                journal=host.journal.identity,
+                registry=registry,
+                others=host.journal.others(message.batch) if isinstance(message, Query) else None,
+                times=host.times,
             )
             batch = self.batches[key] = Arrival(machine, self)
             host.metrics.batches("destination", 1)

@@ -10,9 +10,10 @@ from migrate.errors import Error
 from migrate.handoff.source import SourceHandoff
 from migrate.kernel.diag import SockDiag
 
-__all__ = ["recover"]
+__all__ = ["MEMORY", "forget_old", "recover"]
 
-_FORGOTTEN = 30 * 86400.0  # seconds after which an epoch that nobody touched is no longer remembered
+MEMORY = 30 * 86400.0
+"""Seconds for which a host remembers the epochs of connections that it no longer has, and claims that nobody needs."""
 
 _log = get_logger(__name__)
 
@@ -24,11 +25,21 @@ def recover(host: Host, departures: Departures, arrivals: Arrivals) -> None:
     try:
         host.holds.sweep(claimed)
         host.carrier.drop_unused({each.local for each in claimed})
-        with SockDiag() as diag:
-            host.journal.prune({each.cookie for each in diag.list_connections()}, _FORGOTTEN)
     except Error as error:
         _log.warning("an earlier agent's leavings could not be removed", why=str(error))
+    forget_old(host)
     for row in rows:
         _log.info("handoff recovered", batch=row.batch.hex(), role=row.role, state=row.state, peer=row.peer)
         driver = departures if row.role == SourceHandoff.role else arrivals
         driver.recover(row)
+
+
+def forget_old(host: Host) -> None:
+    """Forget what is too old to matter, of the journal and of the registry. In the engine's thread, when it is idle."""
+    try:
+        with SockDiag() as diag:
+            host.journal.prune({each.cookie for each in diag.list_connections()}, MEMORY)
+        if host.registry is not None:
+            host.registry.prune([each for row in host.journal.rows() for each in row.connections], MEMORY)
+    except Error as error:
+        _log.warning("what is too old could not be forgotten", why=str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 
 from migrate import ici
@@ -12,6 +13,7 @@ from migrate.agent.admission import EXISTS
 from migrate.agent.arrival import Arrivals
 from migrate.agent.move import BATCH
 from migrate.agent.options import CHUNK_BYTES
+from migrate.agent.recovery import MEMORY
 from migrate.agent.reports import results_of
 from migrate.agent.v1 import migration_pb2 as pb
 from migrate.agent.v1 import types_pb2
@@ -108,7 +110,7 @@ async def _restored(arrivals: Arrivals, records: Sequence[Ici]) -> list[Error | 
     def begin() -> None:
         # In the engine's thread.
         pairs = list(zip(connections, records, strict=True))
-        refused: dict[bytes, Error] = {each.id: _immovable(record) for each, record in pairs if not _movable(record)}
+        refused: dict[bytes, Error] = {each.id: why for each, record in pairs if (why := _obstacle(record)) is not None}
         try:
             conflicts = arrivals.host.journal.conflicts(connections)
         except Error as error:
@@ -127,12 +129,15 @@ async def _restored(arrivals: Arrivals, records: Sequence[Ici]) -> list[Error | 
     return [refused.get(each.id) for each in connections]
 
 
-def _movable(record: Ici) -> bool:
-    return record.state in MOVABLE
-
-
-def _immovable(record: Ici) -> Error:
-    return Refused(f"an agent does not restore {TcpState(record.state).name}", hint="`tcpmig restore` does")
+def _obstacle(record: Ici) -> Error | None:
+    if record.state not in MOVABLE:
+        return Refused(f"an agent does not restore {TcpState(record.state).name}", hint="`tcpmig restore` does")
+    if record.origin_time < (time.time() - MEMORY) * 1e9:
+        return Refused(
+            f"its record is older than {MEMORY / 86400:.0f} days: whether it lived here is forgotten",
+            hint="`tcpmig restore` asks no agent",
+        )
+    return None
 
 
 def _error(why: str) -> Error:

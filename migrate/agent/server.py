@@ -42,7 +42,7 @@ from migrate.agent.logging import get_logger
 from migrate.agent.metrics import Metrics
 from migrate.agent.migration_service import MigrationService
 from migrate.agent.options import server_options
-from migrate.agent.recovery import recover
+from migrate.agent.recovery import forget_old, recover
 from migrate.agent.steering import Steerer
 from migrate.agent.tls import expiry
 from migrate.agent.v1 import handoff_pb2, handoff_pb2_grpc, migration_pb2, migration_pb2_grpc
@@ -58,6 +58,8 @@ _SWITCH = (
     0.0005  # seconds until another thread may have the interpreter: the engine and the streams wait for each other
 )
 _SWEEP = 60.0  # seconds between two looks for what is forwarded and has ended
+_FORGET = 3600.0  # seconds between two looks for what is too old to be remembered
+_BUSY = 10.0  # seconds until that is tried again, because connections are under way
 _GRACE = 5.0  # seconds for calls that run when the agent is told to stop
 
 _log = get_logger(__name__)
@@ -165,10 +167,17 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
             steerer.sweep()
             engine.later(_SWEEP, sweep)
 
+        def forget() -> None:
+            idle = not (departures.batches or arrivals.batches)
+            if idle:
+                forget_old(host)
+            engine.later(_FORGET if idle else _BUSY, forget)
+
         engine.watch(holds.fileno(), arrived)
         engine.call(bulk.prepare)
         engine.call(partial(recover, host, departures, arrivals))
         engine.call(sweep)
+        engine.call(lambda: engine.later(_FORGET, forget))
         engine.start()
         opened.callback(engine.stop)
         opened.push_async_callback(links.close)

@@ -44,6 +44,7 @@ class DestinationEvent(enum.Enum):
     OFFER = "the source sends the records"
     ABORT = "the source gives up before it has offered"
     QUERY = "the source asks what became of it"
+    QUERY_AGAIN = "the source asks what became of it, and it came here long ago"
     RELEASED = "the source has let go, and sends what it kept"
     CHECKED = "some or all could live here"
     CHECKED_NONE = "none could"
@@ -75,6 +76,7 @@ TRANSITIONS: Table = {
         _E.OFFER: _UNHEARD,  # a query has overtaken it, or the agent was restarted
         _E.ABORT: (_D.DISCARDED, ()),
         _E.QUERY: _UNHEARD,
+        _E.QUERY_AGAIN: (_D.DONE, (say.Committed,)),  # an operator had spoken for the source
         _E.RELEASED: (_D.DONE, (say.Activated,)),
     },
     _D.CHECKING: {
@@ -123,7 +125,7 @@ TRANSITIONS: Table = {
         _E.QUERY: (_D.ACTIVE, (say.Committed,)),
         _E.LINK_LOST: (_D.ACTIVE, ()),
         _E.RESTARTED: (_D.ACTIVE, (do.LiftHold, do.Steer)),
-        _E.RESOLVED: (_D.DONE, (do.Unclaim, do.Forget)),
+        _E.RESOLVED: (_D.DONE, (do.Forget,)),  # the claims stay: they bind a source that comes back
     },
     _D.SERVING: {
         _E.RELEASED: (_D.SERVING, (do.Replay, say.Activated)),
@@ -136,6 +138,7 @@ TRANSITIONS: Table = {
     _D.DISCARDED: {},
 }
 
+_STAYED = "it had stayed at the source"
 _WHY: Mapping[type[Event], str] = {
     on_event.Claimed: "the registry had given it back to the source",
     on_event.LinkLost: "the stream to the source broke",
@@ -154,11 +157,22 @@ class DestinationHandoff(Machine):
     TRANSITIONS = TRANSITIONS
 
     def __init__(
-        self, batch: bytes, peer: str, *, journal: str = "", registry: str = "", times: Times = DEFAULT_TIMES
+        self,
+        batch: bytes,
+        peer: str,
+        *,
+        journal: str = "",
+        registry: str = "",
+        others: frozenset[bytes] | None = None,
+        times: Times = DEFAULT_TIMES,
     ) -> None:
-        """``journal``: identity of this agent's journal; ``registry``: that of the registry used here, or empty."""
+        """``journal``: identity of this agent's journal; ``registry``: that of the registry used here, or empty.
+
+        ``others``: the journal remembers that the batch came here and is over, all but these; None: it does not.
+        """
         super().__init__(batch, peer, times=times)
         self.journal = journal
+        self.others = others
         self.registry = registry
         self.patience = 0.0
         self.rebuilt = False
@@ -176,6 +190,8 @@ class DestinationHandoff(Machine):
 
     def _classify(self, event: Event) -> DestinationEvent:
         match event:
+            case say.Query() if self.state is _D.ABSENT and self.others is not None:
+                return _E.QUERY_AGAIN
             case on_event.Checked(refused=refused):
                 return _E.CHECKED_NONE if self._all_refused(refused) else _E.CHECKED
             case on_event.Restored(refused=refused):
@@ -196,6 +212,7 @@ class DestinationHandoff(Machine):
                 self.shared = bool(event.registry) and event.registry == self.registry
             case say.Offer() | say.Query() if self.state is _D.ABSENT:
                 self.connections = event.connections
+                self._refuse(dict.fromkeys(self.others or (), _STAYED))
             case say.Offer():
                 offered = {connection.id for connection in event.connections}
                 self._refuse({c.id: _WHY[say.Offer] for c in self.moving if c.id not in offered})

@@ -28,7 +28,7 @@ from migrate.sealed import Key
 __all__ = ["Journal"]
 
 _APPLICATION = 0x4943494A  # "ICIJ"
-_VERSION = 3
+_VERSION = 4
 _SCHEMA = """
 CREATE TABLE handoff(
     number INTEGER PRIMARY KEY AUTOINCREMENT, batch BLOB NOT NULL, role TEXT NOT NULL, state TEXT NOT NULL,
@@ -37,7 +37,8 @@ CREATE TABLE handoff(
 CREATE TABLE records(number INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE seen(
     id BLOB PRIMARY KEY, epoch INTEGER NOT NULL, number INTEGER NOT NULL, at INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE moved(number INTEGER PRIMARY KEY, others BLOB NOT NULL);
+CREATE TABLE moved(
+    number INTEGER PRIMARY KEY, batch BLOB NOT NULL UNIQUE, others BLOB NOT NULL, at INTEGER NOT NULL);
 CREATE TABLE socket(cookie INTEGER PRIMARY KEY, id BLOB NOT NULL)
 """
 # A connection is busy while a batch with it is open; SETTLING is done with it and only waits to be heard.
@@ -201,10 +202,10 @@ class Journal:
         ``again``: the epochs of those that did not move may be tried again.
         """
         with self._lock:
+            now = int(time.time())
             with self._database.transaction() as run:
                 found = run.execute("SELECT number FROM handoff WHERE batch=? AND role=?", (batch, role)).fetchone()
                 if found is None:
-                    now = int(time.time())
                     run.executemany(_MARK, [(c.id, c.epoch, now) for c in connections])
                 else:
                     run.execute("DELETE FROM records WHERE number=?", found)
@@ -214,7 +215,7 @@ class Journal:
                         run.executemany(_GIVE_BACK, left)
                     if moved:
                         others = _encode([c.id for c in connections if c.id not in moved])
-                        run.execute("INSERT INTO moved VALUES(?, ?)", (*found, others))
+                        run.execute("INSERT OR REPLACE INTO moved VALUES(?, ?, ?, ?)", (*found, batch, others, now))
             with self._database.errors():
                 if self._database.connection.execute("SELECT NOT EXISTS(SELECT 1 FROM records)").fetchone()[0]:
                     self._database.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -233,6 +234,12 @@ class Journal:
             ask = "SELECT others FROM seen JOIN moved USING(number) WHERE id=? AND epoch=?"
             found = self._database.connection.execute(ask, (connection.id, connection.epoch)).fetchone()
         return found is not None and connection.id not in _OTHERS.decode(found[0])
+
+    def others(self, batch: bytes) -> frozenset[bytes] | None:
+        """Of a batch that is over here and changed hands the ids of those that did not; None: no such batch."""
+        with self._lock, self._database.errors():
+            found = self._database.connection.execute("SELECT others FROM moved WHERE batch=?", (batch,)).fetchone()
+        return None if found is None else frozenset(_OTHERS.decode(found[0]))
 
     def name(self, sockets: Iterable[tuple[FourTuple, int]]) -> tuple[Connection, ...]:
         """Ids and new epochs for sockets of this host, given with their cookies (SO_COOKIE): for the next handoff.
@@ -263,16 +270,17 @@ class Journal:
             )
 
     def prune(self, alive: Iterable[int], seconds: float) -> None:
-        """Drop what no longer matters: cookies other than ``alive``, epochs not touched for so many seconds."""
+        """Drop what no longer matters: cookies other than ``alive``, what was not touched for so many seconds."""
         keep = {_signed(cookie) for cookie in alive}
+        before = int(time.time() - seconds)
         with self._lock, self._database.transaction() as run:
             gone = [row for row in run.execute("SELECT cookie FROM socket") if row[0] not in keep]
             run.executemany("DELETE FROM socket WHERE cookie=?", gone)
             run.execute(
                 f"DELETE FROM seen WHERE at < ? AND NOT {_BUSY} AND id NOT IN (SELECT id FROM socket)",
-                (int(time.time() - seconds),),
+                (before,),
             )
-            run.execute("DELETE FROM moved WHERE number NOT IN (SELECT number FROM seen)")
+            run.execute("DELETE FROM moved WHERE at < ? AND number NOT IN (SELECT number FROM seen)", (before,))
 
 
 def _signed(cookie: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, Self
 
 from migrate.handoff.database import Database
@@ -42,6 +42,9 @@ class OwnershipRegistry(Protocol):
     def unclaim(self, connections: Sequence[Connection]) -> None:
         """Both sides know: forget who owns them."""
 
+    def prune(self, needed: Iterable[Connection], seconds: float) -> None:
+        """Forget claims that nobody has ``needed`` for so many seconds; whoever has a batch open needs its claims."""
+
     def close(self) -> None:
         """Harmless twice."""
 
@@ -69,10 +72,12 @@ class SqliteRegistry:
         with self._database.transaction() as run:
             run.executemany("DELETE FROM owner WHERE id=? AND epoch=?", [(c.id, c.epoch) for c in connections])
 
-    def prune(self, seconds: float) -> None:
-        """Drop claims older than that: their sides were never heard of again. Raises HostError."""
+    def prune(self, needed: Iterable[Connection], seconds: float) -> None:
+        """See OwnershipRegistry. Raises HostError."""
+        now = int(time.time())
         with self._database.transaction() as run:
-            run.execute("DELETE FROM owner WHERE at < ?", (int(time.time() - seconds),))
+            run.executemany("UPDATE owner SET at=? WHERE id=? AND epoch=?", [(now, c.id, c.epoch) for c in needed])
+            run.execute("DELETE FROM owner WHERE at < ?", (int(now - seconds),))
 
     def close(self) -> None:
         """Harmless twice."""

@@ -197,6 +197,19 @@ def test_what_is_not_stored_lives_on(scene: tuple[Lan, Agent]) -> None:
         assert says(client, b"after")
 
 
+def test_a_record_that_is_too_old_to_be_known(scene: tuple[Lan, Agent]) -> None:
+    net, agent = scene
+    with dial(net) as client, calling(agent) as caller:
+        assert says(client, b"before")
+        copied: list[bytes] = []
+        list(caller.dump(only(client), copied.append, leave_running=True))
+        record = Ici.decode(b"".join(copied))
+        record.origin_time -= 31 * 86400 * 10**9
+        (results,) = caller.restore([record.encode()])
+        assert "older than 30 days" in results.failures[0].problem.what
+        assert says(client, b"after")
+
+
 def test_words_that_make_no_sense(scene: tuple[Lan, Agent]) -> None:
     net, agent = scene
     here = everything(net)

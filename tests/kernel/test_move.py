@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -115,7 +116,12 @@ def test_unread_bytes_move(moved: Callable[..., Moved]) -> None:
     ends_well(it)
 
 
-def test_bytes_that_a_shut_window_kept_here_move(moved: Callable[..., Moved]) -> None:
+@pytest.mark.parametrize("dies", [False, True], ids=["", "whoever restores it dies when it has left repair mode"])
+def test_bytes_that_a_shut_window_kept_here_move(
+    moved: Callable[..., Moved], dies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dies:
+        monkeypatch.setattr(migrate, "activate", partial(sockopt.leave_repair, probe=True))
     it = moved(lambda sock: sock.setsockopt(socket.SOL_SOCKET, uapi.SO_SNDBUFFORCE, 4 * MEBI))
     it.server.setblocking(False)
     data = b"".join(block for block, _ in zip(noise(3), range(32), strict=False))

@@ -195,7 +195,7 @@ def test_a_registry_that_does_not_answer_is_asked_again() -> None:
 
 
 def test_an_operator_ends_the_wait_for_a_source_that_is_gone() -> None:
-    active().gets(on.Resolved(True), "DONE", do.Unclaim, do.Forget((A, B), BATCH, BOTH))
+    active().gets(on.Resolved(True), "DONE", do.Forget((A, B), BATCH, BOTH))
 
 
 # ---- a batch that nobody knows
@@ -210,6 +210,14 @@ def test_what_it_has_never_heard_of_is_discarded_for_good() -> None:
 
 def test_what_it_has_forgotten_is_activated() -> None:
     absent().gets(RELEASED, "DONE", say.Activated)
+
+
+def test_a_source_that_comes_back_after_an_operator_spoke_for_it_hears_the_truth() -> None:
+    machine = DestinationHandoff(BATCH, "a", journal="mine", others=frozenset({B.id}), times=TIMES)
+    play = Play(machine).gets(QUERY, "DONE", say.Committed)
+    said = play.said()
+    assert isinstance(said, say.Committed)
+    assert set(said.refused) == {B.id}
 
 
 def test_an_abort_of_nothing() -> None:

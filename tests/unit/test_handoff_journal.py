@@ -213,6 +213,20 @@ def test_old_epochs_go_but_not_of_open_batches_or_living_sockets(journal: Journa
     assert [journal.seen(c.id) for c in (over, living, busy)] == [0, 1, 1]
 
 
+def test_what_came_here_is_known_also_when_it_has_moved_on(journal: Journal) -> None:
+    came, stayed = connections(2)
+    journal.write(row(batch=b"over", moving=(came, stayed)))
+    assert journal.others(b"over") is None
+    journal.forget(b"over", "destination", (came, stayed), frozenset({came.id}))
+    later = Connection(came.id, 9, came.four_tuple)
+    journal.forget(b"later", "source", (later,), frozenset())
+    journal.prune((), 3600)
+    assert not journal.committed(came)
+    assert journal.others(b"over") == frozenset({stayed.id})
+    journal.prune((), -2)
+    assert journal.others(b"over") is None
+
+
 # ---- the files
 
 

@@ -66,6 +66,8 @@ SETTINGS = [
     Setting(Faults(source_crashes=1), dead="source"),
     Setting(Faults(source_crashes=1, destination_crashes=1), dead="source"),
     Setting(Faults(source_crashes=1), dead="source", shared=True),
+    *[setting._replace(dead="source") for setting in both(Faults(source_crashes=1, returns=1))],
+    Setting(Faults(source_crashes=1, refusals=1, returns=1), 2, dead="source"),
     *both(Faults(early=1, source_failures=1)),
     Setting(Faults(early=1, destination_failures=1)),
     *both(Faults(source_failures=1, refusals=1), 2),
@@ -163,7 +165,6 @@ SPARE: dict[str, set[str]] = {
     },
     "the other host is gone: nobody is left to contradict": {
         "source:RELEASED:RESOLVED_THERE:Report",
-        "destination:ACTIVE:RESOLVED:Unclaim",
     },
 }
 
@@ -304,15 +305,9 @@ MISTAKES = {
         "reset",
         damaged(DestinationHandoff, D.COMMITTED, AT.RESTARTED, D.DISCARDED, (do.Discard, do.Forget)),
     ),
-    "the destination forgets before the source has let go": (
+    "the destination disowns what an operator has settled": (
         "two owners",
-        damaged(
-            DestinationHandoff,
-            D.COMMITTED,
-            AT.LINK_LOST,
-            D.DONE,
-            (do.Replay, do.Activate, do.LiftHold, do.Unclaim, do.Forget),
-        ),
+        damaged(DestinationHandoff, D.ABSENT, AT.QUERY_AGAIN, D.DISCARDED, (do.Forget, say.Discarded)),
     ),
     "the destination says that they run before it has forgotten": (
         "no end",

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,21 @@ def test_old_claims_go(tmp_path: Path) -> None:
     claimed = connections(2)
     with SqliteRegistry(tmp_path / "owners") as registry:
         registry.claim(claimed, "a")
-        registry.prune(3600)
+        registry.prune([], 3600)
         assert registry.claim(claimed, "b") == {c.id for c in claimed}
-        registry.prune(-2)
+        registry.prune([], -2)
         assert registry.claim(claimed, "b") == frozenset()
+
+
+def test_a_claim_that_an_open_batch_needs_does_not_grow_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed, forgotten = connections(2)
+    now = time.time()
+    with SqliteRegistry(tmp_path / "owners") as registry:
+        registry.claim([needed, forgotten], "a")
+        for days in (20, 40, 60):
+            monkeypatch.setattr(time, "time", lambda days=days: now + days * 86400)
+            registry.prune([needed], 30 * 86400)
+        assert registry.claim([needed, forgotten], "b") == {needed.id}
 
 
 def test_two_files_are_two_registries(tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ def pairs() -> Iterator[tuple[Machine, on.Event]]:
     for kind in KINDS:
         for state in kind.TRANSITIONS:
             yield from ((machine_in(kind, state), event) for event in EVENTS)
+            if state.name == "ABSENT":
+                machine = DestinationHandoff(BATCH, "", others=frozenset())
+                yield machine, say.Query(batch=BATCH, connections=(A, B))
             if state.name == "DOUBT":
                 yield machine_in(kind, state, exhausted=True), on.Timeout(0)
 
