@@ -179,7 +179,7 @@ class Life:
     def peer_accepts(self, *, again: bool = False) -> None:
         """RCV_SYN_ACK: the peer hears our SYN, the first one or (``again``) only one that is sent from now on."""
         assert self.listener
-        missed = self.missed()
+        missed = [] if again else until(self.missed, what="our SYN is on its way")
         self.hear()
         if not again:  # a hold keeps to itself what has no connection yet
             with self.client.entered(), Injector(MARK) as injector:
