@@ -44,7 +44,7 @@ def obstacle(
 
 
 def unowned(state: TcpState, *, referenced: bool) -> Refused:
-    """Why one cannot be moved that no process has open. One with an inode is ``referenced``, by somebody out of sight."""
+    """Why one cannot be moved that no process has open; it has an inode if it is ``referenced`` by one out of sight."""
     if referenced:
         return Refused("no process has it open")
     if state in (TcpState.ESTABLISHED, TcpState.CLOSE_WAIT):
