@@ -229,17 +229,17 @@ def _record(
 ) -> Ici:
     """The record of a frozen socket: the same as dump() makes of it."""
     (
-        family, state, _, _, local, local_port, remote, remote_port, local6, remote6,
+        family, state, local, local_port, remote, remote_port,
         _, _, rcvbuf, _, snd_una, _, rcv_nxt, _,
         snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup, mss_clamp, mss, advmss,
-        tsoffset, cwnd, ssthresh, srtt, mdev, _, _, bits, congestion,
+        tsoffset, cwnd, ssthresh, srtt, mdev, _, _, addresses6, bits,
     ) = numbers  # fmt: skip
-    timestamps, sack, snd_wscale, rcv_wscale, ecn = snapshot.negotiated(bits)
+    timestamps, sack, snd_wscale, rcv_wscale, ecn, congestion = snapshot.negotiated(bits)
     sent, unsent, rcv_nxt, urgent, received = queues or (b"", b"", rcv_nxt, -1, b"")
     if found:
         checkpoint.leave_out_what_comes_by_itself(found, advmss, rcvbuf)
-    if family == _INET6 and not local6.startswith(MAPPED):
-        local, remote = local6, remote6
+    if family == _INET6 and not addresses6.startswith(MAPPED):
+        local, remote = addresses6[:16], addresses6[16:]
     return Ici(
         4 if family == _INET else 6,
         local,
@@ -262,7 +262,7 @@ def _record(
         timestamps,
         _ts_value(timestamps, clock, tsoffset) if timestamps else 0,
         ecn,
-        _text(congestion),
+        congestion,
         cwnd,
         ssthresh,
         srtt >> 3,
@@ -286,15 +286,6 @@ def _ts_value(timestamps: int, clock: int, tsoffset: int) -> int:
     if timestamps == 2:
         return clock // 1000 + tsoffset & 0xFFFFFFFF | 1
     return clock // 1_000_000 + tsoffset & 0xFFFFFFFE
-
-
-_names: dict[bytes, str] = {}
-
-
-def _text(name: bytes) -> str:
-    if name not in _names:
-        _names[name] = name.partition(b"\0")[0].decode("ascii", "replace")
-    return _names[name]
 
 
 def _compare(

@@ -25,6 +25,7 @@ __all__ = [
     "add",
     "add_register",
     "call",
+    "call_function",
     "command",
     "instruction",
     "iterated",
@@ -46,7 +47,7 @@ _NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64l
 _MAP_CREATE, _PROG_LOAD, _PROG_TEST_RUN, _LINK_CREATE, _ITER_CREATE = 0, 5, 10, 28, 33
 _MAP_TYPE_ARRAY, _F_MMAPABLE = 2, 1 << 10
 _PROG_TYPE_TRACING, _PROG_TYPE_SYSCALL, _F_SLEEPABLE, _TRACE_ITER = 26, 31, 1 << 4, 28
-_PSEUDO_MAP_VALUE = 2
+_PSEUDO_MAP_VALUE, _PSEUDO_KFUNC_CALL = 2, 2  # in an instruction's source register
 _NAME = b"tcpmig"  # as `bpftool prog` shows it
 
 # union bpf_attr, each command's part as far as it is used
@@ -135,6 +136,11 @@ def jump_unless_equal(register: int, value: int, distance: int) -> bytes:
 def call(helper: int) -> bytes:
     """Call a helper (enum bpf_func_id): arguments in registers 1 to 5, the result in 0."""
     return instruction(0x85, value=helper)
+
+
+def call_function(number: int) -> bytes:
+    """Call a function of the kernel, by its type number in BTF; otherwise as a helper."""
+    return instruction(0x85, source=_PSEUDO_KFUNC_CALL, value=number)
 
 
 def leave() -> bytes:

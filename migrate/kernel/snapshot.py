@@ -19,20 +19,15 @@ from migrate.kernel.sockmem import Collector, Part, Run
 
 __all__ = ["Negotiated", "Numbers", "Snapshot"]
 
-_ULP, _CONGESTION = "inet_connection_sock.icsk_ulp_ops", "inet_connection_sock.icsk_ca_ops"
-_NAME = "tcp_congestion_ops.name"
+_CONGESTION, _NAME = "inet_connection_sock.icsk_ca_ops", "tcp_congestion_ops.name"
 # Field by field, with the letter that `struct` reads it by.
 _FIELDS = {
     "sock_common.skc_family": "H",
     "sock_common.skc_state": "B",
-    "sock.sk_protocol": "H",
-    _ULP: "Q",
     "sock_common.skc_rcv_saddr": "4s",
     "sock_common.skc_num": "H",
     "sock_common.skc_daddr": "4s",
     "sock_common.skc_dport": "2s",
-    "sock_common.skc_v6_rcv_saddr": "16s",
-    "sock_common.skc_v6_daddr": "16s",
     "sock.sk_backlog.rmem_alloc": "I",
     "sock.sk_wmem_queued": "i",
     "sock.sk_rcvbuf": "i",
@@ -57,6 +52,7 @@ _FIELDS = {
     "tcp_sock.urg_data": "H",
     "sock.sk_peek_off": "i",
 }
+_ADDRESSES6 = ("sock_common.skc_v6_rcv_saddr", "sock_common.skc_v6_daddr")
 # Bit fields; of each the byte that it lies in is copied.
 _BITS = (
     "tcp_sock.rx_opt.tstamp_ok",
@@ -71,13 +67,14 @@ _ECN, _ACCECN = 1, 16  # TCP_ECN_OK or TCP_ECN_MODE_RFC3168, TCP_ECN_MODE_ACCECN
 
 
 class Negotiated(NamedTuple):
-    """What the bit fields say."""
+    """What the bit fields say, and the congestion control: alike for most connections."""
 
     timestamps: int  # 0 none, 1 milliseconds, 2 microseconds
     sack: bool
     snd_wscale: int  # -1: none
     rcv_wscale: int
     ecn: int  # 0 none, 1 ECN, 2 AccECN
+    congestion: str  # its name
 
 
 class Numbers(NamedTuple):
@@ -85,14 +82,10 @@ class Numbers(NamedTuple):
 
     family: int
     state: int
-    protocol: int
-    upper_layer: int  # an address, 0 for none
     local4: bytes
     local_port: int
     remote4: bytes
     remote_port: bytes  # network order
-    local6: bytes
-    remote6: bytes
     rmem_alloc: int
     wmem_queued: int
     rcvbuf: int
@@ -116,8 +109,8 @@ class Numbers(NamedTuple):
     mdev_us: int  # quarters of microseconds
     urg_data: int  # 0: no urgent byte is unread
     peek_off: int  # SO_PEEK_OFF
+    addresses6: bytes  # local and remote, 16 bytes each
     bits: bytes  # `Snapshot.negotiated` reads them
-    congestion: bytes  # NUL-terminated
 
 
 class Snapshot:
@@ -129,9 +122,10 @@ class Snapshot:
         if any(place.size != 1 for place in self._bits):
             raise ValueError("a bit field goes over a byte's end")
         own = [Run(btf.place(field).offset, struct.calcsize("=" + letter)) for field, letter in _FIELDS.items()]
+        own += [Run(btf.place(field).offset, 16) for field in _ADDRESSES6]
         own += [Run(place.offset, 1) for place in self._bits]
         name = Part(btf.place(_CONGESTION).offset, [Run(btf.place(_NAME).offset, 16)])
-        self._unpack = struct.Struct("=" + "".join(_FIELDS.values()) + f"{len(_BITS)}s16s").unpack_from
+        self._unpack = struct.Struct("=" + "".join(_FIELDS.values()) + f"32s{len(_BITS) + 16}s").unpack_from
         self._collector = Collector(btf, [Part(None, own), name])
         self.negotiated = functools.lru_cache(maxsize=256)(self._negotiated)
 
@@ -145,15 +139,14 @@ class Snapshot:
         self._collector.close()
 
     def _negotiated(self, raw: bytes) -> Negotiated:
-        tstamp, sack, wscale, snd_wscale, rcv_wscale, usec, ecn = (
-            _shifted(byte, place) for byte, place in zip(raw, self._bits, strict=True)
-        )
+        tstamp, sack, wscale, snd_wscale, rcv_wscale, usec, ecn = map(_shifted, raw, self._bits)
         return Negotiated(
             (2 if usec else 1) if tstamp else 0,
             sack != 0,
             snd_wscale if wscale else -1,
             rcv_wscale if wscale else -1,
             2 if ecn & _ACCECN else 1 if ecn & _ECN else 0,
+            raw[len(self._bits) :].partition(b"\0")[0].decode("ascii", "replace"),
         )
 
 

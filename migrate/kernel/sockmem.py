@@ -2,6 +2,9 @@
 
 A BPF program (`kernel.bpf`) walks from this thread's descriptor table to the sockets and copies what a `Part` names
 into memory that it shares with us; `kernel.btf` says where the fields lie. It takes no lock.
+
+Since Linux 6.17 a program may read the kernel's memory as it reads its own; before, and if that is refused, a helper
+copies it, which takes twice as long. Either gives zeros for what cannot be read.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ BATCH = 16  # sockets a run: the kernel verifies the loop turn by turn, and more
 PATH = ("task_struct.files", "files_struct.fdt", "fdtable.fd", "file.private_data", "socket.sk")
 
 _GET_CURRENT_TASK, _PROBE_READ_KERNEL = 35, 113  # enum bpf_func_id
+_RDONLY_CAST = "bpf_rdonly_cast"  # to type 0, void: kernel memory that may be read anywhere (Linux 6.17)
 # The memory begins with a count, a hole and room for a batch of descriptors; the sockets' bytes follow.
 _HEADS = [struct.Struct(f"=II{count}i") for count in range(BATCH + 1)]
 _HEAD = _HEADS[BATCH].size
@@ -53,7 +57,11 @@ class Collector:
         self._lock = threading.Lock()  # of the shared memory
         path = [btf.place(step).offset for step in PATH]
         size = _HEAD + BATCH * self._stride
-        self._program = bpf.Program(size + max(map(_span, parts)), _code(path, parts, self._stride))
+        try:
+            cast = btf.function(_RDONLY_CAST)
+            self._program = bpf.Program(size, _code(path, parts, self._stride, cast))
+        except (OSError, LookupError):
+            self._program = bpf.Program(size + max(map(_span, parts)), _code(path, parts, self._stride, None))
 
     @contextmanager
     def one(self, descriptor: int) -> Iterator[tuple[mmap, int]]:
@@ -80,33 +88,38 @@ class Collector:
         self._program.close()
 
 
-def _code(path: Sequence[int], parts: Sequence[Part], stride: int) -> bytes:
+def _code(path: Sequence[int], parts: Sequence[Part], stride: int, cast: int | None) -> bytes:
     """Registers: 6 the memory, 7 the descriptor table, 8 the turn, 9 the structure at hand.
 
-    On the stack: at -8 a pointer just read, at -16 the socket, at -24 where this socket's bytes go.
+    On the stack: at -8 a pointer just read, at -16 the socket, at -24 where this socket's bytes go. ``cast`` is the
+    number of the kernel's function that makes memory readable, None where a helper has to copy it.
     """
     task_files, files_table, table_descriptors, *to_socket = path
-    before = bpf.call(_GET_CURRENT_TASK) + bpf.move(7, 0)
+    before = bpf.call(_GET_CURRENT_TASK) + bpf.move(7, 0) + _readable(7, cast)
     for offset in (task_files, files_table, table_descriptors):
-        before += _follow(7, 7, offset)
+        before += _follow(7, 7, offset, cast)
     before += bpf.put(8, 0)
 
     turn = bpf.move(1, 8) + bpf.multiply(1, 4) + bpf.add_register(1, bpf.SHARED) + bpf.load(1, 1, 8, width=4)
     turn += bpf.multiply(1, 8) + bpf.move(9, 7) + bpf.add_register(9, 1)  # the descriptor's place in the table
+    turn += _readable(9, cast)
     for offset in (0, *to_socket):
-        turn += _follow(9, 9, offset)
+        turn += _follow(9, 9, offset, cast)
     turn += bpf.store(bpf.FRAME, 9, -16)
     turn += bpf.move(1, 8) + bpf.multiply(1, stride) + bpf.add_register(1, bpf.SHARED) + bpf.add(1, _HEAD)
     turn += bpf.store(bpf.FRAME, 1, -24)
     position = 0
     for part in parts:
         if part.pointer is not None:
-            turn += bpf.load(9, bpf.FRAME, -16) + _follow(9, 9, part.pointer)
-        first = min(run.offset for run in part.runs)
-        turn += bpf.move(1, bpf.SHARED) + bpf.add(1, _HEAD + BATCH * stride) + _read(_span(part), 9, first)
-        turn += bpf.move(3, bpf.SHARED) + bpf.add(3, _HEAD + BATCH * stride) + bpf.load(4, bpf.FRAME, -24)
+            turn += bpf.load(9, bpf.FRAME, -16) + _follow(9, 9, part.pointer, cast)
+        source, first = 9, 0
+        if cast is None:
+            source, first = 3, min(run.offset for run in part.runs)
+            turn += bpf.move(1, bpf.SHARED) + bpf.add(1, _HEAD + BATCH * stride) + _read(_span(part), 9, first)
+            turn += bpf.move(3, bpf.SHARED) + bpf.add(3, _HEAD + BATCH * stride)
+        turn += bpf.load(4, bpf.FRAME, -24)
         for run in part.runs:
-            turn += _copy(4, position, 3, run.offset - first, run.size)
+            turn += _copy(4, position, source, run.offset - first, run.size)
             for at, mask in enumerate(run.masks, position):
                 turn += _mask(at, mask) if mask != 0xFF else b""
             position += run.size
@@ -124,7 +137,7 @@ def _span(part: Part) -> int:
 
 
 def _copy(to: int, at: int, source: int, offset: int, size: int) -> bytes:
-    """From one place of the shared memory to another; through register 1."""
+    """From one place of memory to another; through register 1."""
     code = b""
     for width in (8, 4, 2, 1):
         while size >= width:
@@ -133,9 +146,18 @@ def _copy(to: int, at: int, source: int, offset: int, size: int) -> bytes:
     return code
 
 
-def _follow(to: int, source: int, offset: int) -> bytes:
+def _follow(to: int, source: int, offset: int, cast: int | None) -> bytes:
     """The pointer at ``offset`` of the structure that register ``source`` points to; null if it cannot be read."""
+    if cast is not None:
+        return bpf.load(to, source, offset) + _readable(to, cast)
     return bpf.move(1, bpf.FRAME) + bpf.add(1, -8) + _read(8, source, offset) + bpf.load(to, bpf.FRAME, -8)
+
+
+def _readable(register: int, cast: int | None) -> bytes:
+    """Let it be a pointer to what may be read, if there is such a thing."""
+    if cast is None:
+        return b""
+    return bpf.move(1, register) + bpf.put(2, 0) + bpf.call_function(cast) + bpf.move(register, 0)
 
 
 def _read(size: int, source: int, offset: int) -> bytes:
