@@ -1,6 +1,6 @@
 """Many connections at once, each of which echoes: a server, an adopter, and their clients.
 
-python tests/crowd.py serve ADDRESS PORT        # an echo server; says "ready"
+python tests/crowd.py serve ADDRESS PORT        # an echo server, one of several there may be; says "ready"
 python tests/crowd.py adopted                   # the same for the sockets of LISTEN_FDS
 
 with Crowd(net.host("client"), address, port, 10000) as crowd:
@@ -138,7 +138,8 @@ def main() -> None:
     if sys.argv[1] == "serve":
         address = sys.argv[2]
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with socket.create_server((address, int(sys.argv[3])), family=family, backlog=4096) as listener:
+        end = address, int(sys.argv[3])
+        with socket.create_server(end, family=family, backlog=4096, reuse_port=True) as listener:
             print("ready", flush=True)
             echo([], listener)
     else:

@@ -7,14 +7,15 @@ import functools
 import shlex
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 
 from migrate.agent.client import Client
-from migrate.fourtuple import FourTuple
+from migrate.fourtuple import FourTuple, parse_endpoint
 from migrate.kernel.nft import ForwardTable
-from migrate.selection import Selector
+from migrate.selection import Selector, find
 from tests.crowd import ADOPTED, SERVE, Crowd
 from tests.fix_agents import Agent, Agents
 from tests.fix_netns import Host, Lan, LanFactory
@@ -194,6 +195,39 @@ def test_drain_at_quiet_points(lan: LanFactory, agents: Agents) -> None:
         done = a.tcpmig("drain", "--to", b.address, "--steer", VIP, "--when-quiet", "10")
         assert (done.code, done.summary["done"]) == (0, 60), done
         crowd.echo()
+
+
+def test_workers_that_share_a_local_end(lan: LanFactory, agents: Agents) -> None:
+    """SO_REUSEPORT: the kernel deals connections out to several processes; those of each move, alone or with all."""
+    net = lan("client", "a", "b")
+    net.assign("a", net.vip4)
+    a, b = agents(net.host("a")), agents(net.host("b"), adopt=[f"{net.vip4}:{PORT}=child:cat"])
+    chosen = Selector(local=parse_endpoint(f"{net.vip4}:{PORT}"))
+
+    def owners(host: Host) -> Counter[int]:
+        with host.entered():
+            return Counter(owner.pid for each in find(chosen) for owner in each.owners)
+
+    with (
+        serving(net.host("a"), net.vip4) as first,
+        serving(net.host("a"), net.vip4) as second,
+        net.capture("client") as wire,
+        Crowd(net.host("client"), net.vip4, PORT, 40) as crowd,
+    ):
+        crowd.echo()
+        before = owners(a.host)
+        assert before.keys() == {first.pid, second.pid}
+        alone = a.tcpmig("migrate", "--pid", str(first.pid), "--to", b.address, "--steer", VIP)
+        assert (alone.code, alone.summary["done"]) == (0, before[first.pid]), alone
+        assert owners(a.host) == {second.pid: before[second.pid]}
+        crowd.echo()
+        rest = a.tcpmig("drain", "--to", b.address, "--steer", VIP, "--when-quiet", "10")
+        assert (rest.code, rest.summary["done"]) == (0, before[second.pid]), rest
+        assert not owners(a.host)
+        assert len(owners(b.host)) == 40, "a child each"
+        crowd.echo()
+        assert first.poll() is second.poll() is None
+    assert not wire.rsts
 
 
 def test_a_thousand_there_and_back(lan: LanFactory, agents: Agents) -> None:
