@@ -55,7 +55,7 @@ _PASSING = {TcpState.TIME_WAIT, TcpState.SYN_RECEIVED}
 class Wish:
     """What somebody wants moved. ``when_quiet`` in seconds; ``destinations`` are tried in their order.
 
-    Raises UsageError for what does not go together.
+    Raises UsageError for what does not go together, NotFound for a device that is not here.
     """
 
     selector: Selector

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from migrate.agent.logging import get_logger
-from migrate.errors import Error, HostError, UsageError
+from migrate.errors import Error, HostError, NotFound, UsageError
 from migrate.fourtuple import FourTuple
 from migrate.steer.forward import Forward, forwarding
 from migrate.steer.vip import Vip
@@ -31,10 +31,12 @@ _log = get_logger(__name__)
 
 
 def check_words(words: str) -> None:
-    """Raise UsageError for what is no way to steer."""
+    """Raise UsageError for what is no way to steer, NotFound for a device that is not here."""
     way, _, rest = words.partition(":")
     if not (words in ("", "forward", "follow") or (way == "vip" and rest)):
         raise UsageError(f"{words!r} is no way to steer", hint="write vip:DEV, as in vip:eth0, or forward, or follow")
+    if rest and rest not in (name for _, name in socket.if_nameindex()):
+        raise NotFound(f"this host has no device {rest}", hint="`ip -br link` shows those it has")
 
 
 class Steerer:

@@ -52,6 +52,9 @@ def test_each_destination_says_what_it_would_take(lan: LanFactory, agents: Agent
         assert "no IPv6" in plan.results[fourth]["reason"]
         only_b = a.tcpmig("migrate", third, "--to", b.address, "--dry-run").results[third]
         assert "does not exist" in only_b["reason"]
+        missing = a.tcpmig("migrate", first, "--to", b.address, "--steer", "vip:eth7", "--dry-run")
+        assert (missing.code, "this host has no device eth7" in missing.said) == (1, True), missing
+        a.host.run(["ip", "link", "add", "eth7", "type", "veth", "peer", "name", "eth8"])
         lost = a.tcpmig("migrate", first, "--to", b.address, "--steer", "vip:eth7", "--dry-run").results[first]
         assert "no device eth7" in lost["reason"]
         assert all(map(untouched, (a, b, c)))
