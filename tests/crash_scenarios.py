@@ -170,7 +170,7 @@ SCENARIOS = [
     # They run there.
     Scenario(
         "late segments",
-        {RELEASE: "pin, go, until destination:SERVING:RELEASED, until source:LINGERING:ACTIVATED, unpin"},
+        {RELEASE: "pin, go, until destination:SERVING:RELEASED, unpin, until source:LINGERING:ACTIVATED"},
     ),
     Scenario("dies LINGERING", {"source:RELEASED:ACTIVATED": "kill, until destination:SERVING:LINK_LOST, start"}),
     Scenario(
