@@ -137,9 +137,11 @@ def _connect(
     if groups:
         _set_options(together, groups, options.Phase.IN_REPAIR)
         rest += [sock for chosen, row in groups if not _OF_WINDOWS.isdisjoint(chosen) for sock in row]
-    for sock in filled:
-        if sock.record is not None and sock.record.unsent:
-            queue_unsent(sock, sock.record, sock.record.rcv_wnd, sock.record.rcv_wup)
+    if unsent := [sock for sock in filled if sock.record is not None and sock.record.unsent]:
+        _set_windows(together, unsent, closed=True)
+        for sock in unsent:
+            assert sock.record is not None
+            queue_unsent(sock, sock.record)
     if rest:
         _set_windows(together, rest)
 
@@ -162,9 +164,9 @@ def _fill(full: Sequence[tuple[int, Restored, Ici]], results: list[Restored | Er
     return filled
 
 
-def _set_windows(together: batch.Batch, socks: Sequence[Restored]) -> None:
+def _set_windows(together: batch.Batch, socks: Sequence[Restored], *, closed: bool = False) -> None:
     windows = [
-        (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup)
+        (ici.snd_wl1, 0 if closed else ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup)
         for sock in socks
         if (ici := sock.record) is not None
     ]

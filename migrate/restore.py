@@ -187,14 +187,17 @@ def _rebuild(sock: Restored, ici: Ici, defaults: Defaults) -> None:
     if chosen:
         sock.unset += options.apply(sock, chosen, options.Phase.IN_REPAIR)
     if ici.unsent:
-        queue_unsent(sock, ici, rcv_wnd, rcv_wup)
+        sockopt.set_window(sock, (ici.snd_wl1, 0, ici.max_window, rcv_wnd, rcv_wup))
+        queue_unsent(sock, ici)
     # Last, because an injected segment changes the windows.
     sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, rcv_wnd, rcv_wup))
 
 
-def queue_unsent(sock: Restored, ici: Ici, rcv_wnd: int, rcv_wup: int) -> None:
-    """Behind a window of nothing: the caller sets the windows again."""
-    sockopt.set_window(sock, (ici.snd_wl1, 0, ici.max_window, rcv_wnd, rcv_wup))
+def queue_unsent(sock: Restored, ici: Ici) -> None:
+    """The peer's window must be closed, so that nothing leaves; the caller sets the windows afterwards.
+
+    A process that is killed meanwhile is heard (a FIN, or a RST if something is unread), but for a hold on what leaves.
+    """
     sockopt.leave_repair(sock, probe=False)
     fill(sock, ici.unsent, SEND, before=len(ici.sent))
     sockopt.enter_repair(sock)

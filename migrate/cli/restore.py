@@ -225,8 +225,9 @@ def _held(
     guard = Guard(lambda *_: _keep_waiting(name, seconds))
     failed = True
     try:
-        # The way out stays open, for the window probe of an activation; a silent socket has next to nothing to say.
-        with Hold(tuples, name=name, timeout=seconds + holds.MARGIN, outgoing=False) as hold:
+        # The way out, too: bytes that were never sent are queued by a socket that could speak, if this process were
+        # killed just then, and the timers of what was sent run on.
+        with Hold(tuples, name=name, timeout=seconds + holds.MARGIN) as hold:
             try:
                 holds.release_others(tuples)
                 yield hold
@@ -283,6 +284,7 @@ def _hand_over(
     """
     everyone = list(restored.values())
     adoptions = adopter.adopt([sock for _, sock in everyone])
+    hold.add(list(restored), outgoing=False)
     for record, sock in everyone:
         try:
             activate(sock)
