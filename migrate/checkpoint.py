@@ -262,9 +262,10 @@ def send_queue(sock: socket.socket, state: int, outstanding: int, notsent: int) 
     ``notsent`` is the most that was unsent since the hold stands: what left since then met the hold and not the peer.
     """
     fin = state in _FIN_QUEUED
-    sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
-    queue = _peek(sock, outstanding - fin, "send")
-    sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
+    length = outstanding - fin
+    queue = _plain_queue(sock, uapi.TCP_SEND_QUEUE, length) if length > 0 else b""
+    if len(queue) != length:
+        _require_length(queue, length, "send")
     boundary = len(queue) - max(notsent - fin, 0)
     if 0 < boundary < len(queue):
         return memoryview(queue)[:boundary], memoryview(queue)[boundary:]
@@ -273,12 +274,18 @@ def send_queue(sock: socket.socket, state: int, outstanding: int, notsent: int) 
 
 def plain_receive_queue(sock: socket.socket, length: int) -> bytes:
     """What is unread where its length is known, there is no urgent byte and SO_PEEK_OFF is not set."""
-    put = sock.setsockopt
-    put(_TCP, _REPAIR_QUEUE, uapi.TCP_RECV_QUEUE)
-    data = sock.recv(length + 1, _PEEK)
-    put(_TCP, _REPAIR_QUEUE, uapi.TCP_NO_QUEUE)
+    data = _plain_queue(sock, uapi.TCP_RECV_QUEUE, length)
     if len(data) != length:
         _require_length(data, length, "receive")
+    return data
+
+
+def _plain_queue(sock: socket.socket, which: int, length: int) -> bytes:
+    """A queue of that length: one byte more is asked for to notice growth."""
+    put = sock.setsockopt
+    put(_TCP, _REPAIR_QUEUE, which)
+    data = sock.recv(length + 1, _PEEK)
+    put(_TCP, _REPAIR_QUEUE, 0)  # TCP_NO_QUEUE
     return data
 
 
@@ -313,15 +320,6 @@ def _whole(sock: socket.socket) -> Iterator[None]:
         put(socket.SOL_SOCKET, uapi.SO_PEEK_OFF, offset)
         if not inline:
             put(socket.SOL_SOCKET, socket.SO_OOBINLINE, 0)
-
-
-def _peek(sock: socket.socket, length: int, which: str) -> bytes:
-    """The selected queue, which must have that length: one byte more is asked for to notice growth."""
-    if length <= 0:
-        return b""
-    data = sockopt.peek(sock, length + 1)
-    _require_length(data, length, which)
-    return data
 
 
 def _require_length(data: bytes, length: int, which: str) -> None:

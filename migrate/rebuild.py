@@ -32,7 +32,7 @@ __all__ = ["activate_many", "restore_many"]
 
 _ESTABLISHED = int(TcpState.ESTABLISHED)
 _INET, _INET6, _STREAM = int(socket.AF_INET), int(socket.AF_INET6), int(socket.SOCK_STREAM)
-_TCP = int(socket.IPPROTO_TCP)
+_TCP, _QUEUE = int(socket.IPPROTO_TCP), uapi.TCP_REPAIR_QUEUE
 _OF_WINDOWS = {"SO_RCVBUF", "SO_RCVLOWAT", "TCP_WINDOW_CLAMP"}
 
 Results = list[Restored | Error]
@@ -133,7 +133,8 @@ def _connect(
         else:
             results[place] = sock
     filled = _fill(full, results)
-    rest = [*filled]  # those whose windows what came after connect() may have changed
+    # Those whose windows what came after connect() has changed, or may have.
+    rest = [sock for sock in filled if sock.record is not None and (sock.record.received or sock.record.unsent)]
     if groups:
         _set_options(together, groups, options.Phase.IN_REPAIR)
         rest += [sock for chosen, row in groups if not _OF_WINDOWS.isdisjoint(chosen) for sock in row]
@@ -154,9 +155,10 @@ def _fill(full: Sequence[tuple[int, Restored, Ici]], results: list[Restored | Er
             if ici.received:  # that queue is still selected
                 fill(sock, ici.received, RECEIVE)
             if ici.sent:
-                sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
+                put = sock.setsockopt
+                put(_TCP, _QUEUE, uapi.TCP_SEND_QUEUE)
                 fill(sock, ici.sent, SEND)
-                sockopt.select_queue(sock, uapi.TCP_NO_QUEUE)
+                put(_TCP, _QUEUE, uapi.TCP_NO_QUEUE)
         except OSError:
             continue
         results[place] = sock

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from migrate.kernel.option_table import Kind, Option, Value
 
-__all__ = ["get", "md5_key", "option_memory", "put", "raw"]
+__all__ = ["call", "get", "md5_key", "option_memory", "put"]
 
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33  # include/uapi/asm-generic/socket.h
 _SO_MEMINFO = 55
@@ -54,9 +54,14 @@ def put(sock: socket.socket, option: Option, value: Value) -> None:
         _PUT[option.kind](sock, option, value)
 
 
-def raw(option: Option, value: Value) -> bytes | None:
-    """What setsockopt(2) takes for it; None if that call alone does not do. Raises as `put` for another form."""
-    return _RAW[option.kind](value) if option.kind in _RAW else None
+def call(option: Option, value: Value) -> tuple[int, int, bytes] | None:
+    """Level, number and value of the setsockopt(2) that sets it; None if one does not do. Raises as `put`.
+
+    That of a buffer's size needs CAP_NET_ADMIN in the initial user namespace; `put` can do without, up to a limit.
+    """
+    if option.kind is Kind.SIZE:
+        return option.level, _FORCE[option.name], _INT.pack((_as(int, value) + 1) // 2)  # the kernel doubles it
+    return (option.level, option.number, _RAW[option.kind](value)) if option.kind in _RAW else None
 
 
 def option_memory(sock: socket.socket) -> int:

@@ -254,20 +254,16 @@ def calls(options: Mapping[str, Value], phase: Phase) -> tuple[tuple[tuple[int, 
     steps, unknown = _schedule(tuple(options))[phase]
     made: list[tuple[int, int, bytes]] = []
     rest = {name: options[name] for name in unknown}
-    sized = any(name in _SIZES for name, *_ in steps)
-    for name, level, number, _other in steps:
+    for name, *_ in steps:
         value = options.get(name, 0)
-        if name == "SO_BUF_LOCK" and sized:  # comes after the sizes, which need more
-            rest[name] = value
-            continue
         try:
-            raw = option_values.raw(BY_NAME[name], value)
+            call = option_values.call(BY_NAME[name], value)
         except (TypeError, ValueError, OverflowError, struct.error):
-            raw = None
-        if raw is None:
+            call = None
+        if call is None:
             rest[name] = value
         else:
-            made.append((level, number, raw))
+            made.append(call)
     return tuple(made), rest
 
 
