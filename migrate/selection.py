@@ -109,7 +109,9 @@ class Takers:
         if owner.pid not in self._processes:
             self._processes[owner.pid] = pidfd.open_process(owner.pid)
             self._opened.callback(os.close, self._processes[owner.pid])
-        return socket.socket(fileno=pidfd.get_fd(self._processes[owner.pid], owner.fd))
+        descriptor = pidfd.get_fd(self._processes[owner.pid], owner.fd)
+        # Type and protocol are said, or each would be asked for; the family is not known. A dump asks for all of them.
+        return socket.socket(type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, fileno=descriptor)
 
 
 def _endpoint(end: tuple[bytes, int | None] | None) -> diag.Endpoint | None:
