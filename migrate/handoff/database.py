@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from migrate.errors import HostError, from_oserror
 from migrate.handoff.ids import new_id
 
 __all__ = ["Database"]
+
+_PATIENCE = 2.0  # seconds to wait for another process that has the file locked
+_AGAIN = 0.005  # seconds between two attempts where SQLite itself does not wait
 
 
 class Database:
@@ -32,7 +36,7 @@ class Database:
             raise from_oserror(f"opening {self.path}", error, hint="is the directory there, and ours?") from None
         with self.errors():
             self.connection = sqlite3.connect(
-                self.path, timeout=2.0, isolation_level=None, check_same_thread=False, cached_statements=64
+                self.path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False, cached_statements=64
             )
         try:
             with self.errors():
@@ -47,7 +51,7 @@ class Database:
             raise HostError(f"{self.path} belongs to another program", hint="name another file")
         # A record of some MiB is a blob: fewer pages to write one by one, and no checkpoint in the midst of a handoff.
         run("PRAGMA page_size=16384")
-        run("PRAGMA journal_mode=WAL")
+        self._log_ahead()
         run("PRAGMA synchronous=OFF")
         run("PRAGMA secure_delete=ON")
         run("PRAGMA temp_store=MEMORY")
@@ -68,6 +72,18 @@ class Database:
             )
         name: str = run("SELECT name FROM identity").fetchone()[0]
         return name
+
+    def _log_ahead(self) -> None:
+        # In a new file two processes may want this at once, and for it SQLite does not wait as it does elsewhere.
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self.connection.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(_AGAIN)
 
     def _layout(self) -> int:
         found: int = self.connection.execute("PRAGMA user_version").fetchone()[0]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def test_one_that_is_locked_can_be_opened(tmp_path: Path) -> None:
                 late.claim([first], "a")
             locked.close()
             assert late.claim([first], "a") == frozenset()
+
+
+def test_agents_that_start_at_once_make_one(tmp_path: Path) -> None:
+    together = threading.Barrier(4)
+
+    def identity(number: int) -> str:
+        together.wait(10)
+        with SqliteRegistry(tmp_path / f"owners{number}") as registry:
+            return registry.identity
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(40):
+            assert len(set(pool.map(identity, [number] * 4))) == 1
 
 
 def test_unclaiming_what_nobody_has_is_harmless(tmp_path: Path) -> None:
