@@ -18,7 +18,7 @@ from migrate import checkpoint
 from migrate.errors import Error
 from migrate.fourtuple import MAPPED
 from migrate.ici import Ici, Queue
-from migrate.kernel import batch, heap, options
+from migrate.kernel import batch, heap, options, uapi
 from migrate.kernel.snapshot import Numbers, Snapshot
 from migrate.tcpstate import TcpState
 
@@ -29,6 +29,7 @@ _ESTABLISHED = int(TcpState.ESTABLISHED)
 _INET, _INET6, _TCP = int(socket.AF_INET), int(socket.AF_INET6), int(socket.IPPROTO_TCP)
 _PORT = struct.Struct("!H").unpack
 _STATE = Numbers._fields.index("state")
+_RCV_NXT = Numbers._fields.index("rcv_nxt")
 _QUEUED = slice(Numbers._fields.index("rmem_alloc"), Numbers._fields.index("copied_seq") + 1)
 _Queues = tuple[Queue, Queue, int, int, bytes]  # sent, unsent, rcv_nxt, urgent and received of a record
 
@@ -131,40 +132,56 @@ def _queues(
     Copied one after the other, with nothing in between: a copy throws out of the processor's nearest cache what an
     interpreter has there, and it costs less to fetch little of it again.
     """
-    unread: list[tuple[int, socket.socket, int, int]] = []
     copied: dict[int, _Queues | Exception] = {}
+    plain: list[tuple[int, socket.socket, int, int]] = []
     for place, numbers in zip(places, after, strict=True):
         rmem_alloc, wmem_queued, _, write_seq, snd_una, _, rcv_nxt, copied_seq = numbers[_QUEUED]
-        if not (rmem_alloc or wmem_queued) or (write_seq == snd_una and rcv_nxt == copied_seq):
+        outstanding, unread = write_seq - snd_una & 0xFFFFFFFF, rcv_nxt - copied_seq & 0xFFFFFFFF
+        if not (rmem_alloc or wmem_queued) or not (outstanding or unread):
             continue  # more may be bookkeeping, or segments out of order
         *_, urg_data, peek_off, _, _ = numbers
-        # In other states rcv_nxt may count a FIN.
-        if write_seq == snd_una and numbers[_STATE] == _ESTABLISHED and not urg_data and peek_off < 0:
-            unread.append((place, socks[place], rcv_nxt - copied_seq & 0xFFFFFFFF, rcv_nxt))
+        # In other states a FIN may count.
+        if numbers[_STATE] == _ESTABLISHED and not (outstanding and unread) and not urg_data and peek_off < 0:
+            queue = (uapi.TCP_SEND_QUEUE, outstanding) if outstanding else (uapi.TCP_RECV_QUEUE, unread)
+            plain.append((place, socks[place], *queue))
             continue
         try:
-            *_, wrote, sent = before[place]
-            copied[place] = _both(socks[place], numbers, wrote - sent & 0xFFFFFFFF)
+            copied[place] = _both(socks[place], numbers, _notsent(numbers, before[place]))
         except (Error, OSError) as error:
             copied[place] = error
-    read = checkpoint.plain_receive_queue
-    for place, sock, length, rcv_nxt in unread:
+    copy, data = checkpoint.plain_queue, {}
+    for place, sock, which, length in plain:
         try:
-            copied[place] = b"", b"", rcv_nxt, -1, read(sock, length)
+            data[place] = copy(sock, which, length)
         except (Error, OSError) as error:
             copied[place] = error
+    of = dict(zip(places, after, strict=True)) if plain else {}
+    for place, _, which, _ in plain:
+        if place in data:
+            numbers = of[place]
+            sent: Queue = b""
+            unsent: Queue = b""
+            if which == uapi.TCP_SEND_QUEUE:
+                sent, unsent = checkpoint.divided(data.pop(place), _notsent(numbers, before[place]))
+            copied[place] = sent, unsent, numbers[_RCV_NXT], -1, data.get(place, b"")
     return copied
 
 
+def _notsent(numbers: Sequence[Any], before: Sequence[Any]) -> int:
+    """The most that was unsent since the hold stands: what left since then met the hold and not the peer."""
+    _, _, _, write_seq, _, snd_nxt, _, _ = numbers[_QUEUED]
+    *_, wrote, sent = before
+    most: int = max(write_seq - snd_nxt & 0xFFFFFFFF, wrote - sent & 0xFFFFFFFF)
+    return most
+
+
 def _both(sock: socket.socket, numbers: Sequence[Any], notsent: int) -> _Queues:
-    """Of a frozen socket; ``notsent`` was unsent before it was frozen."""
-    _, wmem_queued, _, write_seq, snd_una, snd_nxt, rcv_nxt, copied_seq = numbers[_QUEUED]
+    """The queues of a frozen socket, whatever they hold."""
+    _, wmem_queued, _, write_seq, snd_una, _, rcv_nxt, copied_seq = numbers[_QUEUED]
     sent: Queue = b""
     unsent: Queue = b""
     received, urgent = b"", -1
     if wmem_queued and write_seq != snd_una:
-        # As in checkpoint: what left since the hold stands met the hold and not the peer.
-        notsent = max(write_seq - snd_nxt & 0xFFFFFFFF, notsent)
         sent, unsent = checkpoint.send_queue(sock, numbers[_STATE], write_seq - snd_una & 0xFFFFFFFF, notsent)
     if rcv_nxt != copied_seq:
         rcv_nxt, urgent, received = checkpoint.receive_queue(sock)

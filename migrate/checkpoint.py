@@ -38,12 +38,13 @@ __all__ = [
     "HasFileno",
     "borrowed",
     "check",
+    "divided",
     "dump",
     "explained",
     "freeze",
     "leave",
     "leave_out_what_comes_by_itself",
-    "plain_receive_queue",
+    "plain_queue",
     "read_frozen",
     "receive_queue",
     "release",
@@ -263,29 +264,29 @@ def send_queue(sock: socket.socket, state: int, outstanding: int, notsent: int) 
     """
     fin = state in _FIN_QUEUED
     length = outstanding - fin
-    queue = _plain_queue(sock, uapi.TCP_SEND_QUEUE, length) if length > 0 else b""
-    if len(queue) != length:
-        _require_length(queue, length, "send")
-    boundary = len(queue) - max(notsent - fin, 0)
+    return divided(plain_queue(sock, uapi.TCP_SEND_QUEUE, length) if length > 0 else b"", notsent - fin)
+
+
+def divided(queue: bytes, notsent: int) -> tuple[Queue, Queue]:
+    """A send queue's sent part and the unsent part, which has ``notsent`` bytes."""
+    boundary = len(queue) - max(notsent, 0)
     if 0 < boundary < len(queue):
         return memoryview(queue)[:boundary], memoryview(queue)[boundary:]
     return (b"", queue) if boundary <= 0 else (queue, b"")
 
 
-def plain_receive_queue(sock: socket.socket, length: int) -> bytes:
-    """What is unread where its length is known, there is no urgent byte and SO_PEEK_OFF is not set."""
-    data = _plain_queue(sock, uapi.TCP_RECV_QUEUE, length)
-    if len(data) != length:
-        _require_length(data, length, "receive")
-    return data
+def plain_queue(sock: socket.socket, which: int, length: int) -> bytes:
+    """A queue (uapi.TCP_SEND_QUEUE, TCP_RECV_QUEUE) that has that length, which is not 0.
 
-
-def _plain_queue(sock: socket.socket, which: int, length: int) -> bytes:
-    """A queue of that length: one byte more is asked for to notice growth."""
+    Of a receive queue the urgent byte must have been read, and SO_PEEK_OFF must not be set. Raises Refused if it has
+    another length: one byte more is asked for to notice growth.
+    """
     put = sock.setsockopt
     put(_TCP, _REPAIR_QUEUE, which)
     data = sock.recv(length + 1, _PEEK)
     put(_TCP, _REPAIR_QUEUE, 0)  # TCP_NO_QUEUE
+    if len(data) != length:
+        _require_length(data, length, "send" if which == uapi.TCP_SEND_QUEUE else "receive")
     return data
 
 

@@ -139,7 +139,6 @@ def _connect(
         _set_options(together, groups, options.Phase.IN_REPAIR)
         rest += [sock for chosen, row in groups if not _OF_WINDOWS.isdisjoint(chosen) for sock in row]
     if unsent := [sock for sock in filled if sock.record is not None and sock.record.unsent]:
-        _set_windows(together, unsent, closed=True)
         for sock in unsent:
             assert sock.record is not None
             queue_unsent(sock, sock.record)
@@ -166,9 +165,9 @@ def _fill(full: Sequence[tuple[int, Restored, Ici]], results: list[Restored | Er
     return filled
 
 
-def _set_windows(together: batch.Batch, socks: Sequence[Restored], *, closed: bool = False) -> None:
+def _set_windows(together: batch.Batch, socks: Sequence[Restored]) -> None:
     windows = [
-        (ici.snd_wl1, 0 if closed else ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup)
+        (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup)
         for sock in socks
         if (ici := sock.record) is not None
     ]
@@ -200,7 +199,7 @@ def _put(together: batch.Batch, place: int, ici: Ici) -> None:
         batch.negotiated(mss, ici.snd_wscale, ici.rcv_wscale, ici.sack, timestamps > 0),
         ici.ts_value & ~1 | (timestamps == 2),
         snd_wl1,
-        ici.snd_wnd,
+        0 if ici.unsent else ici.snd_wnd,  # open when that part of the queue is there
         ici.max_window,
         ici.rcv_wnd,
         rcv_wup,

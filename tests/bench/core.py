@@ -11,6 +11,6 @@ def run(*, quick: bool) -> Report:
     properties.measure(report)
     commands.measure(report)
     blackout.measure(report)
-    with Contest(hurry=quick) as contest:
+    with Contest() as contest:
         costs.measure(contest, report)
     return report

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ QUEUES = {"receive": "in the receive queue", "unacked": "sent, not acknowledged"
 
 
 def measure(contest: Contest, report: Report) -> None:
-    times, many, few = (1, 200, 50) if report.quick else (9, 5000, 1000)
+    times, many, few = (1, 200, 50) if report.quick else (24, 5000, 1000)
     table: dict[str, Any] = {}
     idle = _idle(contest, report, times, many, table)
     queues = _queues(contest, report, times, few, table)
@@ -36,10 +35,10 @@ def _idle(contest: Contest, report: Report, times: int, many: int, table: dict[s
     idle = contest.alternate(
         times,
         {
-            "reference": partial(contest.reference, connections=many, rounds=3),
-            "like for like": partial(contest.reference, "--release", "--no-probe", connections=many, rounds=3),
-            "with options": partial(contest.reference, "--options", connections=many, rounds=3),
-            "python": partial(contest.subject, connections=many, rounds=3),
+            "reference": contest.reference(connections=many),
+            "like for like": contest.reference("--release", "--no-probe", connections=many),
+            "with options": contest.reference("--options", connections=many),
+            "python": contest.subject(connections=many),
         },
     )
     _ratio(report, f"{many} idle connections, Python to C", idle, 1.3)
@@ -56,9 +55,9 @@ def _queues(contest: Contest, report: Report, times: int, few: int, table: dict[
     narrate(f"{few} connections with 64 KiB queued")
     contestants = {}
     for queue in QUEUES:
-        work = {"connections": few, "rounds": 3, queue: 64 * KIB}
-        contestants[f"{queue}, C"] = partial(contest.reference, **work)
-        contestants[f"{queue}, Python"] = partial(contest.subject, **work)
+        work = {"connections": few, queue: 64 * KIB}
+        contestants[f"{queue}, C"] = contest.reference(**work)
+        contestants[f"{queue}, Python"] = contest.subject(**work)
     figures = contest.alternate(times, contestants)
     for queue, words in QUEUES.items():
         pair = {"reference": figures[f"{queue}, C"], "python": figures[f"{queue}, Python"]}
@@ -72,7 +71,7 @@ def _options(contest: Contest, report: Report, times: int, few: int, table: dict
     """Eight that a server sets, and every option of the table at once, which no program sets."""
     narrate(f"{few} connections with options")
     words = {"none": "no option set", "usual": "eight options set", "all": "all options set"}
-    work = {each: partial(contest.subject, connections=few, rounds=3, options=each) for each in words}
+    work = {each: contest.subject(connections=few, options=each) for each in words}
     figures = contest.alternate(times, work)
     for each in ("usual", "all"):
         ratio = paired(figures[each]["cpu"], figures["none"]["cpu"])
@@ -82,17 +81,17 @@ def _options(contest: Contest, report: Report, times: int, few: int, table: dict
 
 def _scale(contest: Contest, report: Report, table: dict[str, Any]) -> None:
     """Batches of 100, as a handoff makes them: a batch fits into the processor's caches, 10,000 connections do not."""
-    times, many = (1, 300) if report.quick else (9, 10_000)
+    times, many = (1, 300) if report.quick else (16, 10_000)
     narrate(f"100 connections and {many}")
     figures = contest.alternate(
         times,
         {
-            "100, C": partial(contest.reference, connections=100, rounds=11),
-            "100, Python": partial(contest.subject, connections=100, rounds=11),
-            "all at once, C": partial(contest.reference, connections=many, rounds=2),
-            "all at once, Python": partial(contest.subject, connections=many, rounds=2),
-            "batches of 100, C": partial(contest.reference, connections=many, batch=100, rounds=2),
-            "batches of 100, Python": partial(contest.subject, connections=many, batch=100, rounds=2),
+            "100, C": contest.reference(connections=100),
+            "100, Python": contest.subject(connections=100),
+            "all at once, C": contest.reference(connections=many),
+            "all at once, Python": contest.subject(connections=many),
+            "batches of 100, C": contest.reference(connections=many, batch=100),
+            "batches of 100, Python": contest.subject(connections=many, batch=100),
         },
     )
     ratios = {

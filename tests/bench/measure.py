@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import platform
@@ -10,9 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -25,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What PYTHON… variables make of an interpreter (unbuffered, without its compiled files) is the caller's affair.
 PLAIN = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
-Run = Callable[[], list[dict[str, float]]]  # one run of a contestant: the rounds that count
+Command = Sequence[object]  # of a contestant
 
 
 def narrate(text: str) -> None:
@@ -50,8 +48,12 @@ def elapsed(command: Sequence[str | Path]) -> float:
 
 def in_own_network(module: str, *arguments: object) -> Any:
     """Run a module of this package in a new network namespace; the JSON it prints."""
-    command = ["unshare", "--net", sys.executable, "-m", f"tests.bench.{module}", *map(str, arguments)]
+    command = _in_own_network(module, *arguments)
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT).stdout)
+
+
+def _in_own_network(module: str, *arguments: object) -> list[str]:
+    return ["unshare", "--net", sys.executable, "-m", f"tests.bench.{module}", *map(str, arguments)]
 
 
 @dataclass
@@ -125,8 +127,7 @@ def format_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 class Contest(AbstractContextManager["Contest"]):
     """The reference, built for this run, and the Python API, which take turns at the same work."""
 
-    def __init__(self, *, hurry: bool = False) -> None:
-        self._hurry = hurry
+    def __init__(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="tcpmig-bench-")
         self.program = Path(self._directory.name, "reference")
 
@@ -140,32 +141,66 @@ class Contest(AbstractContextManager["Contest"]):
     ) -> None:
         self._directory.cleanup()
 
-    def reference(self, *flags: str, **arguments: int) -> list[dict[str, float]]:
-        """The rounds of one run in C, without the first, which warms the caches."""
-        command = [str(self.program), *_options(arguments), *flags]
-        return _rounds(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+    def reference(self, *flags: str, **arguments: int) -> Command:
+        """The program in C."""
+        return [self.program, *_options(arguments), *flags]
 
-    def subject(self, **arguments: int | str) -> list[dict[str, float]]:
+    def subject(self, **arguments: int | str) -> Command:
         """The same in Python."""
-        return _rounds(in_own_network("subject", "--reference", self.program, *_options(arguments)))
+        return _in_own_network("subject", "--reference", self.program, *_options(arguments))
 
-    def alternate(self, times: int, contestants: Mapping[str, Run]) -> dict[str, Any]:
-        """Let the contestants take turns; of each, by figure, what `spread` says about all rounds that count.
+    def alternate(self, rounds: int, contestants: Mapping[str, Command]) -> dict[str, Any]:
+        """Let the contestants take turns, round by round; of each, by figure, what `spread` says about its rounds.
 
-        ``turns`` of a figure are the medians of each turn, for `paired`. With ``hurry`` all at once, as nobody looks at
-        the numbers.
+        All are there from the beginning, and one works at a time: a neighbour on a shared machine who spoils some
+        seconds spoils all of a turn. ``turns`` of a figure are its rounds, for `paired`. The first round of each, which
+        warms the caches, does not count.
         """
-        with ThreadPoolExecutor(len(contestants) if self._hurry else 1) as track:
-            runs = [(name, track.submit(run)) for _ in range(times) for name, run in contestants.items()]
-        turns: dict[str, list[list[dict[str, float]]]] = {name: [] for name in contestants}
-        for name, run in runs:
-            turns[name].append(run.result())
-        return {name: {figure: _figure(mine, figure) for figure in mine[0][0]} for name, mine in turns.items()}
+        with ExitStack() as running:
+            processes = {
+                name: running.enter_context(_Paced([*one, "--rounds", rounds + 1, "--paced"]))
+                for name, one in contestants.items()
+            }
+            for _ in range(rounds + 1):
+                for process in processes.values():
+                    process.turn()
+            reports = {name: process.report() for name, process in processes.items()}
+        return {name: {figure: _figure(mine, figure) for figure in mine[0]} for name, mine in reports.items()}
 
 
-def _figure(turns: list[list[dict[str, float]]], figure: str) -> dict[str, Any]:
-    of_turns = [[one[figure] for one in rounds] for rounds in turns]
-    return spread(itertools.chain.from_iterable(of_turns)) | {"turns": [round(median(each), 3) for each in of_turns]}
+class _Paced(AbstractContextManager["_Paced"]):
+    """A contestant at work: it does a round when told to, and says so."""
+
+    def __init__(self, command: Command) -> None:
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen([str(word) for word in command], stdin=pipe, stdout=pipe, cwd=ROOT)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._process.kill()
+        self._process.__exit__(kind, error, trace)
+
+    def turn(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+        if self._process.stdout.readline() != b"\n":
+            raise SystemExit(f"a contestant failed: {self._process.args!r}")
+
+    def report(self) -> list[dict[str, float]]:
+        """Its rounds, without the first."""
+        assert self._process.stdout
+        rounds: list[dict[str, float]] = json.load(self._process.stdout)["rounds"]
+        if self._process.wait():
+            raise SystemExit(f"a contestant failed: {self._process.args!r}")
+        return rounds[1:]
+
+
+def _figure(rounds: list[dict[str, float]], figure: str) -> dict[str, Any]:
+    values = [one[figure] for one in rounds]
+    return spread(values) | {"turns": [round(each, 3) for each in values]}
 
 
 def paired(one: dict[str, Any], other: dict[str, Any]) -> float:
@@ -175,8 +210,3 @@ def paired(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 def _options(arguments: Mapping[str, int | str]) -> list[str]:
     return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-
-
-def _rounds(result: dict[str, Any]) -> list[dict[str, float]]:
-    rounds: list[dict[str, float]] = result["rounds"]
-    return rounds[1:]

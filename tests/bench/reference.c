@@ -192,7 +192,8 @@ static const struct option long_options[] = {
     {"unsent", required_argument, NULL, 's'},      {"no-probe", no_argument, NULL, 'p'},
     {"release", no_argument, NULL, 'l'},           {"options", no_argument, NULL, 'o'},
     {"move", no_argument, NULL, 'm'},              {"peers", no_argument, NULL, 'P'},
-    {"batch", required_argument, NULL, 'b'},       {NULL, 0, NULL, 0},
+    {"batch", required_argument, NULL, 'b'},       {"paced", no_argument, NULL, 't'},
+    {NULL, 0, NULL, 0},
 };
 
 static void parse(int argc, char **argv) {
@@ -209,6 +210,7 @@ static void parse(int argc, char **argv) {
         case 'o': cfg.options = true; break;
         case 'm': cfg.move = true; break;
         case 'P': cfg.peers = true; break;
+        case 't': cfg.paced = true; break;  /* begin a round when a byte comes, say so when it is done */
         default: exit(2);
         }
     }
@@ -217,7 +219,7 @@ static void parse(int argc, char **argv) {
     if (cfg.n < 1 || cfg.batch < 1 || cfg.rounds < 1 || (cfg.unacked && cfg.unsent) || (cfg.move && !once)) {
         fputs("usage: reference [--connections N] [--rounds K] [--batch B] [--receive BYTES]\n"
               "                 [--unacked BYTES | --unsent BYTES] [--no-probe] [--release] [--options] [--peers]\n"
-              "                 [--move (one round, one batch)]\n",
+              "                 [--paced] [--move (one round, one batch)]\n",
               stderr);
         exit(2);
     }
@@ -265,7 +267,12 @@ int main(int argc, char **argv) {
     MUST(listen(listener, 1024));
     accept_all(listener);
     queue_data(room);
-    for (int i = 0; i < cfg.rounds; i++) run_round(round[i], room);
+    for (int i = 0; i < cfg.rounds; i++) {
+        char next;
+        if (cfg.paced && read(STDIN_FILENO, &next, 1) != 1) die("nobody wants the next round");
+        run_round(round[i], room);
+        if (cfg.paced) puts(""), fflush(stdout);
+    }
     check();
     report(round);
     close(pair[0]);

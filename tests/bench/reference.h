@@ -41,7 +41,7 @@ struct record {
 
 struct configuration {
     int n, rounds, batch, receive, unacked, unsent;
-    bool move, no_probe, release, options, peers;
+    bool move, no_probe, release, options, peers, paced;
 };
 
 extern struct configuration cfg;

@@ -225,6 +225,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--connections", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--paced", action="store_true", help="begin a round when a byte comes, say so when it is done")
     for queue in ("--receive", "--unacked", "--unsent"):
         parser.add_argument(queue, type=int, default=0, metavar="BYTES")
     parser.add_argument("--options", choices=("none", "usual", "all"), default="none", help="what our ends have set")
@@ -239,7 +240,13 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     subprocess.run(LOOPBACK, shell=True, check=True)
     subject = Subject(arguments)
-    rounds = [subject.run_round() for _ in range(arguments.rounds)]
+    rounds = []
+    for _ in range(arguments.rounds):
+        if arguments.paced and not sys.stdin.buffer.read(1):
+            raise SystemExit("nobody wants the next round")
+        rounds.append(subject.run_round())
+        if arguments.paced:
+            print(flush=True)
     if arguments.options != "all":  # among them are a filter and a TTL that let nothing pass
         subject.check()
     subject.close()
