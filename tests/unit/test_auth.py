@@ -27,7 +27,7 @@ CALLS = {
 }
 MIGRATION = {call for call in CALLS if call.startswith("/tcpmig.v1.Migration/")}
 SEEING = {"/tcpmig.v1.Migration/ListConnections", "/tcpmig.v1.Migration/Watch"}
-HANDOFF = {"/tcpmig.v1.Handoff/Transfer", "/tcpmig.v1.Handoff/Forward"}
+HANDOFF = {f"/tcpmig.v1.Handoff/{call}" for call in ("Transfer", "Forward", "Check")}
 PUBLIC = {"/grpc.health.v1.Health/Check", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"}
 
 

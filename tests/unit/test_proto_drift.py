@@ -95,6 +95,7 @@ def test_the_calls_are_those_of_the_contract() -> None:
         for call in service.methods
     }
     assert calls == {
+        "Handoff.Check": (False, False),
         "Handoff.Forward": (False, False),
         "Migration.ListConnections": (False, True),
         "Migration.Dump": (True, True),
