@@ -37,7 +37,7 @@ from migrate.tcpstate import TcpState
 
 __all__ = ["Move", "Wish", "choose", "cut"]
 
-BATCH = 160  # connections
+BATCH = 96  # connections
 BATCH_BYTES = 4 << 20  # of their queues
 WINDOW = 3  # batches under way
 _THOROUGH = 0.8  # of the time for quiet points: from then on it is looked longer, which holds connections for longer
@@ -97,6 +97,8 @@ class Move:
     async def plan(self) -> tuple[list[Found], dict[FourTuple, Error]]:
         """What would be tried, and what not and why. Raises UsageError for a map that is about nothing."""
         found, refused = await choose(self._wish.selector)
+        if self._wish.selector.empty:  # nor is a link of this agent's that is just closing
+            refused = {each: why for each, why in refused.items() if _remote(each) not in self._wish.destinations}
         names = [*(each.connection.four_tuple for each in found), *refused]
         if names and (maps := self._wish.maps):
             maps.check_used(names)
@@ -327,7 +329,8 @@ async def choose(selector: Selector) -> tuple[list[Found], dict[FourTuple, Error
     found = await asyncio.to_thread(find, selector, extensions=Extension.INFO)
     ours = os.getpid()  # the agents' own connections
     found = [each for each in found if all(owner.pid != ours for owner in each.owners) or not each.owners]
-    if selector.empty:
+    if selector.empty:  # what ends or begins by itself, wherever its address is, stays out of the account
+        found = [each for each in found if each.connection.state not in _PASSING]
         found = [each for each in found if not _loopback(each.connection.four_tuple.local)]
     obstacles = {each.connection.four_tuple: each.obstacle for each in found}
     refused = {each: why for each, why in obstacles.items() if why is not None}
@@ -343,6 +346,11 @@ def _expected_frozen(found: Sequence[Found]) -> int:
 
 def _times(times: Times, quiet: float | None) -> Times:
     return times if quiet is None else msgspec.structs.replace(times, patience=times.patience + quiet)
+
+
+def _remote(four_tuple: FourTuple) -> str:
+    """As agents are named: "HOST:PORT"."""
+    return str(four_tuple).partition(",")[2]
 
 
 def _loopback(address: bytes) -> bool:

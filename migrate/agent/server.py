@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -57,6 +58,8 @@ __all__ = ["Settings", "serve"]
 _SWITCH = (
     0.0005  # seconds until another thread may have the interpreter: the engine and the streams wait for each other
 )
+_YOUNG, _MIDDLE, _OLD = 20_000, 50, 1000  # new objects, and collections, until garbage is looked for
+_TIDY = 0.25  # seconds between two looks whether the journal's log is to be brought into its file
 _SWEEP = 60.0  # seconds between two looks for what is forwarded and has ended
 _FORGET = 3600.0  # seconds between two looks for what is too old to be remembered
 _BUSY = 10.0  # seconds until that is tried again, because connections are under way
@@ -85,6 +88,8 @@ class Settings:
 def serve(settings: Settings, spawner: Spawner) -> None:
     """Run until SIGTERM or SIGINT. Raises HostError, UsageError if it cannot begin."""
     sys.setswitchinterval(_SWITCH)
+    gc.freeze()  # what is imported is no garbage, and looking through it takes as long as a batch
+    gc.set_threshold(_YOUNG, _MIDDLE, _OLD)
     _raise_descriptor_limit()
     try:
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -195,6 +200,7 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
         ]
         reflection.enable_server_reflection(names, server)
         await server.start()
+        tidying = asyncio.create_task(_keep_tidy(journal))
         for name in ("", *names):
             await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
         _log.info("agent started", listen=settings.listen, port=port, socket=settings.socket, tls=not insecure)
@@ -206,6 +212,19 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
         await migration.close()
         handoff.close()
         await server.stop(_GRACE)
+        tidying.cancel()
+        await asyncio.wait([tidying])
+
+
+async def _keep_tidy(journal: Journal) -> None:
+    """In a thread of its own: a long log takes longer than a connection should stand still."""
+    while True:
+        await asyncio.sleep(_TIDY)
+        if journal.untidy:
+            try:
+                await asyncio.to_thread(journal.tidy)
+            except Error as error:
+                _log.warning("the journal's log could not be brought into its file", why=str(error))
 
 
 def _paths() -> contextlib.AbstractContextManager[PathState | None]:

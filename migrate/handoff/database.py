@@ -25,9 +25,15 @@ _AGAIN = 0.005  # seconds between two attempts where SQLite itself does not wait
 class Database:
     """The file at ``path``, made 0600 if it is not there. Every sqlite3 error leaves it as HostError."""
 
-    def __init__(self, path: str | os.PathLike[str], schema: str, *, application: int, version: int) -> None:
-        """``schema`` is run in a new file; ``application`` marks the file as ours, ``version`` its schema."""
+    def __init__(
+        self, path: str | os.PathLike[str], schema: str, *, application: int, version: int, tidied: bool = False
+    ) -> None:
+        """``schema`` is run in a new file; ``application`` marks the file as ours, ``version`` its schema.
+
+        ``tidied``: somebody calls `tidy`. Else whoever commits brings a long log into the file, which takes a while.
+        """
         self.path = Path(path)
+        self._aside: sqlite3.Connection | None = None
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             os.fchmod(descriptor, 0o600)
@@ -41,6 +47,8 @@ class Database:
         try:
             with self.errors():
                 self.identity = self._prepare(schema, application, version)
+                if tidied:
+                    self.connection.execute("PRAGMA wal_autocheckpoint=0")
         except BaseException:
             self.connection.close()
             raise
@@ -115,6 +123,24 @@ class Database:
             }.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
             raise HostError(f"{self.path}: {error}", hint=hint) from None
 
+    def tidy(self, over: str) -> bool:
+        """Bring the log's content into the file, beside whoever reads and writes: for a thread of its own.
+
+        If the query ``over`` says 1, nothing stays in the log; whether that is so now.
+        """
+        with self.errors():
+            if self._aside is None:
+                self._aside = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+                self._aside.execute("PRAGMA synchronous=OFF")
+            run = self._aside.execute
+            run("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            if not run(over).fetchone()[0]:
+                return False
+            busy: int = run("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            return not busy
+
     def close(self) -> None:
         """Harmless twice."""
+        if self._aside is not None:
+            self._aside.close()
         self.connection.close()

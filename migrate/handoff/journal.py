@@ -73,13 +73,14 @@ class Journal:
             raise from_oserror(f"opening {lock}", error, hint="is the directory there, and ours?") from None
         try:
             fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._database = Database(path, _SCHEMA, application=_APPLICATION, version=_VERSION)
+            self._database = Database(path, _SCHEMA, application=_APPLICATION, version=_VERSION, tidied=True)
         except BaseException as error:
             os.close(self._owner)
             if isinstance(error, BlockingIOError):
                 raise HostError(f"{path} is in use", hint="another agent runs with this directory") from None
             raise
         self.identity = self._database.identity
+        self.untidy = True  # there may be something to `tidy`
 
     def close(self) -> None:
         """Harmless twice."""
@@ -216,9 +217,13 @@ class Journal:
                     if moved:
                         others = _encode([c.id for c in connections if c.id not in moved])
                         run.execute("INSERT OR REPLACE INTO moved VALUES(?, ?, ?, ?)", (*found, batch, others, now))
-            with self._database.errors():
-                if self._database.connection.execute("SELECT NOT EXISTS(SELECT 1 FROM records)").fetchone()[0]:
-                    self._database.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self.untidy = True
+
+    def tidy(self) -> None:
+        """Once no batch is open, nothing of what was deleted is in the write-ahead log. For a thread of its own."""
+        self.untidy = False
+        if not self._database.tidy("SELECT NOT EXISTS(SELECT 1 FROM handoff)"):
+            self.untidy = True
 
     # ---- connections
 

@@ -208,6 +208,11 @@ class ForwardTable(Table):
         """What is forwarded: flow, packed address of the neighbour. Raises NotFound if the table is gone."""
         return {four_tuple: hop for ip in VERSIONS for four_tuple, hop, _ in self._elements("flows", ip)}
 
+    @property
+    def known(self) -> Mapping[FourTuple, bytes]:
+        """`entries` as they were listed last, with what was changed here since; it costs nothing."""
+        return self._known
+
     def over(self, *, idle: float = _IDLE, linger: float = _LINGER) -> list[FourTuple]:
         """Flows that have ended: no segment came for ``linger`` seconds and a FIN or RST before, or none for ``idle``.
 

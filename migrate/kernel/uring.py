@@ -41,7 +41,8 @@ _CQE = struct.Struct("=QiI")  # struct io_uring_cqe
 _WORD = struct.Struct("=I")
 _SQE_WORDS = _SQE.size // 4
 
-_libc = ctypes.CDLL(None, use_errno=True)
+# The interpreter's lock is kept: to get it back from a busy thread would take longer than the calls of a batch.
+_libc = ctypes.PyDLL(None, use_errno=True)
 
 
 class Call(NamedTuple):

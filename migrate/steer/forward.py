@@ -58,8 +58,8 @@ class Forward:
             self._table(device, via).add(entries)
 
     def given(self) -> dict[FourTuple, bytes]:
-        """What is forwarded, and to whom."""
-        return {each: owner for table in self._tables.values() for each, owner in table.entries().items()}
+        """What is forwarded, and to whom: as found when this was made or swept last, and changed by it since."""
+        return {each: owner for table in self._tables.values() for each, owner in table.known.items()}
 
     def sweep(self) -> list[FourTuple]:
         """Forward no longer what has ended, as `ForwardTable.over` knows it; says what that was."""

@@ -268,7 +268,12 @@ def test_what_was_sealed_is_wiped_as_well(journal: Journal, path: Path) -> None:
     (sealed,) = journal._database.connection.execute("SELECT data FROM records").fetchone()
     part = sealed[1000:1032]
     assert any(part in file.read_bytes() for file in path.parent.iterdir())
+    journal.tidy()
+    assert journal.untidy  # a batch is open
+    assert any(part in file.read_bytes() for file in path.parent.iterdir())
     journal.forget(b"batch", "destination", (moving,), frozenset())
+    journal.tidy()
+    assert not journal.untidy
     assert not any(part in file.read_bytes() for file in path.parent.iterdir())
 
 
