@@ -86,11 +86,11 @@ def test_it_goes_on_at_another_host(lan: LanFactory, agents: Agents) -> None:
         assert outcomes(source.dump(only(client), stored.append, hold=2)) == [OUTCOME_DONE]
         net.withdraw("a", net.vip4)
         net.assign("b", net.vip4)
-        net.host("client").run(["ip", "neighbour", "flush", "all"])
         assert len(stored) > 2
         whole = b"".join(stored)
         cut = [whole[at : at + 777_777] for at in range(0, len(whole), 777_777)]
         assert outcomes(destination.restore(cut)) == [OUTCOME_DONE]
+        net.host("client").run(["ip", "neighbour", "flush", "all"])  # not before: b would refuse what it does not know
         peer.join()
         assert peer.received_digest == digest(noise(), size)
 
