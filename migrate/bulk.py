@@ -133,7 +133,7 @@ def _queues(
     interpreter has there, and it costs less to fetch little of it again.
     """
     copied: dict[int, _Queues | Exception] = {}
-    plain: list[tuple[int, socket.socket, int, int]] = []
+    plain: list[tuple[int, tuple[Any, ...], socket.socket, int, int]] = []
     for place, numbers in zip(places, after, strict=True):
         rmem_alloc, wmem_queued, _, write_seq, snd_una, _, rcv_nxt, copied_seq = numbers[_QUEUED]
         outstanding, unread = write_seq - snd_una & 0xFFFFFFFF, rcv_nxt - copied_seq & 0xFFFFFFFF
@@ -143,27 +143,26 @@ def _queues(
         # In other states a FIN may count.
         if numbers[_STATE] == _ESTABLISHED and not (outstanding and unread) and not urg_data and peek_off < 0:
             queue = (uapi.TCP_SEND_QUEUE, outstanding) if outstanding else (uapi.TCP_RECV_QUEUE, unread)
-            plain.append((place, socks[place], *queue))
+            plain.append((place, numbers, socks[place], *queue))
             continue
         try:
             copied[place] = _both(socks[place], numbers, _notsent(numbers, before[place]))
         except (Error, OSError) as error:
             copied[place] = error
-    copy, data = checkpoint.plain_queue, {}
-    for place, sock, which, length in plain:
+    copy, data = checkpoint.plain_queue, dict[int, bytes]()
+    for place, _, sock, which, length in plain:
         try:
             data[place] = copy(sock, which, length)
         except (Error, OSError) as error:
             copied[place] = error
-    of = dict(zip(places, after, strict=True)) if plain else {}
-    for place, _, which, _ in plain:
-        if place in data:
-            numbers = of[place]
-            sent: Queue = b""
-            unsent: Queue = b""
-            if which == uapi.TCP_SEND_QUEUE:
-                sent, unsent = checkpoint.divided(data.pop(place), _notsent(numbers, before[place]))
-            copied[place] = sent, unsent, numbers[_RCV_NXT], -1, data.get(place, b"")
+    for place, numbers, _, which, _ in plain:
+        if place not in data:
+            continue
+        if which == uapi.TCP_SEND_QUEUE:
+            sent, unsent = checkpoint.divided(data[place], _notsent(numbers, before[place]))
+            copied[place] = sent, unsent, numbers[_RCV_NXT], -1, b""
+        else:
+            copied[place] = b"", b"", numbers[_RCV_NXT], -1, data[place]
     return copied
 
 

@@ -285,8 +285,7 @@ def plain_queue(sock: socket.socket, which: int, length: int) -> bytes:
     put(_TCP, _REPAIR_QUEUE, which)
     data = sock.recv(length + 1, _PEEK)
     put(_TCP, _REPAIR_QUEUE, 0)  # TCP_NO_QUEUE
-    if len(data) != length:
-        _require_length(data, length, "send" if which == uapi.TCP_SEND_QUEUE else "receive")
+    _require_length(data, length, "send" if which == uapi.TCP_SEND_QUEUE else "receive")
     return data
 
 

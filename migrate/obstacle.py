@@ -5,7 +5,7 @@ from __future__ import annotations
 from migrate.errors import Refused
 from migrate.tcpstate import REBUILD, TcpState
 
-__all__ = ["obstacle", "unowned"]
+__all__ = ["obstacle", "seen_obstacle"]
 
 _WAYS_OUT = {
     TcpState.SYN_RECEIVED: "`tcpmig dump --wait-handshakes SECONDS` waits longer",
@@ -43,8 +43,14 @@ def obstacle(
     return None
 
 
-def unowned(state: TcpState, *, referenced: bool) -> Refused:
-    """Why one cannot be moved that no process has open; it has an inode if it is ``referenced`` by one out of sight."""
+def seen_obstacle(state: TcpState, *, upper_layer: str, signed: bool, owned: bool, referenced: bool) -> Refused | None:
+    """Why one of the host's connections cannot be moved, as far as can be seen from outside.
+
+    It is ``owned`` if a process is known that has it open; it has an inode if it is ``referenced`` by one out of sight.
+    """
+    refused = obstacle(state, upper_layer=upper_layer, signed=signed)
+    if refused is not None or owned:
+        return refused
     if referenced:
         return Refused("no process has it open")
     if state in (TcpState.ESTABLISHED, TcpState.CLOSE_WAIT):

@@ -134,19 +134,20 @@ def _connect(
             results[place] = sock
     filled = _fill(full, results)
     # Those whose windows what came after connect() has changed, or may have.
-    rest = [sock for sock in filled if sock.record is not None and (sock.record.received or sock.record.unsent)]
+    rest = [sock for sock, ici in filled if ici.received or ici.unsent]
     if groups:
         _set_options(together, groups, options.Phase.IN_REPAIR)
         rest += [sock for chosen, row in groups if not _OF_WINDOWS.isdisjoint(chosen) for sock in row]
-    if unsent := [sock for sock in filled if sock.record is not None and sock.record.unsent]:
-        for sock in unsent:
-            assert sock.record is not None
-            queue_unsent(sock, sock.record)
+    for sock, ici in filled:
+        if ici.unsent:
+            queue_unsent(sock, ici)
     if rest:
         _set_windows(together, rest)
 
 
-def _fill(full: Sequence[tuple[int, Restored, Ici]], results: list[Restored | Error | None]) -> list[Restored]:
+def _fill(
+    full: Sequence[tuple[int, Restored, Ici]], results: list[Restored | Error | None]
+) -> list[tuple[Restored, Ici]]:
     """The queues of those that have any, which are in ``results`` and returned if that could be."""
     filled = []
     for place, sock, ici in full:
@@ -161,7 +162,7 @@ def _fill(full: Sequence[tuple[int, Restored, Ici]], results: list[Restored | Er
         except OSError:
             continue
         results[place] = sock
-        filled.append(sock)
+        filled.append((sock, ici))
     return filled
 
 

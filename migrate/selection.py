@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 from migrate.errors import Error, NotFound, PrivilegeError, Refused
 from migrate.fourtuple import FourTuple
 from migrate.kernel import diag, pidfd
-from migrate.obstacle import obstacle, unowned
+from migrate.obstacle import seen_obstacle
 from migrate.tcpstate import TcpState
 
 __all__ = ["Found", "Selector", "Takers", "find"]
@@ -43,10 +43,14 @@ class Found(NamedTuple):
     @property
     def obstacle(self) -> Error | None:
         """Why it cannot be moved, as far as can be seen from outside; needs diag's Extension.INFO."""
-        refused = obstacle(self.connection.state, upper_layer=self.connection.ulp, signed=self.connection.signed)
-        if refused is None and not self.owners:
-            return unowned(self.connection.state, referenced=self.connection.inode != 0)
-        return refused
+        seen = self.connection
+        return seen_obstacle(
+            seen.state,
+            upper_layer=seen.ulp,
+            signed=seen.signed,
+            owned=bool(self.owners),
+            referenced=seen.inode != 0,
+        )
 
 
 def find(selector: Selector, *, extensions: int = 0, owners: bool = True) -> list[Found]:

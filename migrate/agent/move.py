@@ -25,7 +25,7 @@ from migrate.agent.reports import Outcomes, Reporter, stayed
 from migrate.agent.steering import FOREIGN, check_words, foreign
 from migrate.agent.v1 import migration_pb2, types_pb2
 from migrate.errors import Conflict, Error, HostError, NotFound, Refused, UsageError
-from migrate.fourtuple import FourTuple
+from migrate.fourtuple import FourTuple, endpoint_text
 from migrate.handoff.events import Cancel
 from migrate.handoff.ids import new_id
 from migrate.handoff.machine import Times
@@ -98,7 +98,11 @@ class Move:
         """What would be tried, and what not and why. Raises UsageError for a map that is about nothing."""
         found, refused = await choose(self._wish.selector)
         if self._wish.selector.empty:  # nor is a link of this agent's that is just closing
-            refused = {each: why for each, why in refused.items() if _remote(each) not in self._wish.destinations}
+            refused = {
+                each: why
+                for each, why in refused.items()
+                if endpoint_text((each.remote, each.remote_port)) not in self._wish.destinations
+            }
         names = [*(each.connection.four_tuple for each in found), *refused]
         if names and (maps := self._wish.maps):
             maps.check_used(names)
@@ -346,11 +350,6 @@ def _expected_frozen(found: Sequence[Found]) -> int:
 
 def _times(times: Times, quiet: float | None) -> Times:
     return times if quiet is None else msgspec.structs.replace(times, patience=times.patience + quiet)
-
-
-def _remote(four_tuple: FourTuple) -> str:
-    """As agents are named: "HOST:PORT"."""
-    return str(four_tuple).partition(",")[2]
 
 
 def _loopback(address: bytes) -> bool:

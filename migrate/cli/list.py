@@ -13,7 +13,7 @@ from migrate.cli.output import Output, bytes_text
 from migrate.kernel import tcpinfo
 from migrate.kernel.diag import Connection, Extension
 from migrate.kernel.pidfd import Owner
-from migrate.obstacle import obstacle, unowned
+from migrate.obstacle import seen_obstacle
 from migrate.tcpstate import TcpState
 
 __all__ = ["add_arguments", "run"]
@@ -75,9 +75,7 @@ def _judged(
     state: TcpState, upper_layer: str, signed: bool, owned: bool, referenced: bool
 ) -> tuple[str, str, str | None]:
     """The state's name, whether the connection can migrate, and why not, for people and for programs."""
-    refused = obstacle(state, upper_layer=upper_layer, signed=signed)
-    if refused is None and not owned:
-        refused = unowned(state, referenced=referenced)
+    refused = seen_obstacle(state, upper_layer=upper_layer, signed=signed, owned=owned, referenced=referenced)
     return state.name, "yes" if refused is None else f"no: {refused.what}", None if refused is None else str(refused)
 
 

@@ -33,6 +33,7 @@ class Database:
         ``tidied``: somebody calls `tidy`. Else whoever commits brings a long log into the file, which takes a while.
         """
         self.path = Path(path)
+        self.untidy = True  # there may be something to `tidy`
         self._aside: sqlite3.Connection | None = None
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -105,6 +106,7 @@ class Database:
             try:
                 yield self.connection
                 self.connection.execute("COMMIT")
+                self.untidy = True
             except BaseException:
                 if self.connection.in_transaction:  # a full disk may have ended it already
                     self.connection.execute("ROLLBACK")
@@ -123,11 +125,20 @@ class Database:
             }.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
             raise HostError(f"{self.path}: {error}", hint=hint) from None
 
-    def tidy(self, over: str) -> bool:
+    def tidy(self, over: str) -> None:
         """Bring the log's content into the file, beside whoever reads and writes: for a thread of its own.
 
-        If the query ``over`` says 1, nothing stays in the log; whether that is so now.
+        If the query ``over`` says 1, nothing stays in the log; else it remains ``untidy``.
         """
+        self.untidy = False  # first: who commits meanwhile says otherwise
+        done = False
+        try:
+            done = self._emptied(over)
+        finally:
+            if not done:
+                self.untidy = True
+
+    def _emptied(self, over: str) -> bool:
         with self.errors():
             if self._aside is None:
                 self._aside = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)

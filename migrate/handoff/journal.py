@@ -80,7 +80,6 @@ class Journal:
                 raise HostError(f"{path} is in use", hint="another agent runs with this directory") from None
             raise
         self.identity = self._database.identity
-        self.untidy = True  # there may be something to `tidy`
 
     def close(self) -> None:
         """Harmless twice."""
@@ -217,13 +216,15 @@ class Journal:
                     if moved:
                         others = _encode([c.id for c in connections if c.id not in moved])
                         run.execute("INSERT OR REPLACE INTO moved VALUES(?, ?, ?, ?)", (*found, batch, others, now))
-            self.untidy = True
+
+    @property
+    def untidy(self) -> bool:
+        """Whether there may be something to `tidy`."""
+        return self._database.untidy
 
     def tidy(self) -> None:
         """Once no batch is open, nothing of what was deleted is in the write-ahead log. For a thread of its own."""
-        self.untidy = False
-        if not self._database.tidy("SELECT NOT EXISTS(SELECT 1 FROM handoff)"):
-            self.untidy = True
+        self._database.tidy("SELECT NOT EXISTS(SELECT 1 FROM handoff)")
 
     # ---- connections
 

@@ -20,6 +20,7 @@ import sys
 __all__ = [
     "FRAME",
     "INSTRUCTION",
+    "PROBE_READ_KERNEL",
     "SHARED",
     "Program",
     "add",
@@ -64,6 +65,7 @@ _syscall = ctypes.PyDLL(None, use_errno=True).syscall
 
 INSTRUCTION = 8  # bytes
 SHARED = 6  # the register that holds the address of the shared memory when a program starts
+PROBE_READ_KERNEL = 113  # enum bpf_func_id: kernel memory into ours, zeros if it cannot be read
 FRAME = 10  # the register that points behind the program's stack
 
 

@@ -26,7 +26,7 @@ BATCH = 16  # sockets a run: the kernel verifies the loop turn by turn, and more
 # From the task to a socket. A test calls them wrong, to see that it is noticed.
 PATH = ("task_struct.files", "files_struct.fdt", "fdtable.fd", "file.private_data", "socket.sk")
 
-_GET_CURRENT_TASK, _PROBE_READ_KERNEL = 35, 113  # enum bpf_func_id
+_GET_CURRENT_TASK = 35  # enum bpf_func_id
 _RDONLY_CAST = "bpf_rdonly_cast"  # to type 0, void: kernel memory that may be read anywhere (Linux 6.17)
 # The memory begins with a count, a hole and room for a batch of descriptors; the sockets' bytes follow.
 _HEADS = [struct.Struct(f"=II{count}i") for count in range(BATCH + 1)]
@@ -162,7 +162,7 @@ def _readable(register: int, cast: int | None) -> bytes:
 
 def _read(size: int, source: int, offset: int) -> bytes:
     """Kernel memory to where register 1 points; zeros if it cannot be read."""
-    return bpf.put(2, size) + bpf.move(3, source) + bpf.add(3, offset) + bpf.call(_PROBE_READ_KERNEL)
+    return bpf.put(2, size) + bpf.move(3, source) + bpf.add(3, offset) + bpf.call(bpf.PROBE_READ_KERNEL)
 
 
 def _mask(position: int, mask: int) -> bytes:

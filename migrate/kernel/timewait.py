@@ -14,12 +14,12 @@ from migrate.kernel.btf import Btf
 
 __all__ = ["Numbers", "read"]
 
-_KTIME_GET_NS, _PROBE_READ_KERNEL, _SEQ_WRITE = 5, 113, 127  # enum bpf_func_id
+_KTIME_GET_NS, _SEQ_WRITE = 5, 127  # enum bpf_func_id
 _TIME_WAIT = 6  # TCP_TIME_WAIT; an abandoned FIN_WAIT_2 has it too, and says so in tw_substate
 _SOCK = "tcp_timewait_sock"
 _COMMON = "tcp_timewait_sock.tw_sk.__tw_common"
 _CLOCK = struct.Struct("=Q")
-# In the order of what `_taken` makes of it, with the letter that `struct` reads each by.
+# In the order in which `read` takes them, with the letter that `struct` reads each by.
 _FIELDS = {
     f"{_COMMON}.skc_cookie": "Q",
     f"{_SOCK}.tw_sk.tw_substate": "B",
@@ -73,7 +73,7 @@ def _code(btf: Btf, size: int) -> bytes:
     length = size + _CLOCK.size
     write = bpf.call(_KTIME_GET_NS) + bpf.store(bpf.FRAME, 0, -_CLOCK.size)
     write += bpf.move(1, bpf.FRAME) + bpf.add(1, -length) + bpf.put(2, size) + bpf.move(3, 7)
-    write += bpf.call(_PROBE_READ_KERNEL)
+    write += bpf.call(bpf.PROBE_READ_KERNEL)
     write += bpf.load(1, 6, btf.place("bpf_iter__tcp.meta").offset)
     write += bpf.load(1, 1, btf.place("bpf_iter_meta.seq").offset)
     write += bpf.move(2, bpf.FRAME) + bpf.add(2, -length) + bpf.put(3, length) + bpf.call(_SEQ_WRITE)
