@@ -7,11 +7,13 @@ if the two records differ, or where the host or the process cannot take snapshot
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from migrate import checkpoint
@@ -29,7 +31,10 @@ _ESTABLISHED = int(TcpState.ESTABLISHED)
 _INET, _INET6, _TCP = int(socket.AF_INET), int(socket.AF_INET6), int(socket.IPPROTO_TCP)
 _PORT = struct.Struct("!H").unpack
 _STATE = Numbers._fields.index("state")
-_RCV_NXT = Numbers._fields.index("rcv_nxt")
+_WRITE_SEQ, _SND_NXT, _RCV_NXT, _URG_DATA, _PEEK_OFF = map(
+    Numbers._fields.index, ("write_seq", "snd_nxt", "rcv_nxt", "urg_data", "peek_off")
+)
+_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 _QUEUED = slice(Numbers._fields.index("rmem_alloc"), Numbers._fields.index("copied_seq") + 1)
 _Queues = tuple[Queue, Queue, int, int, bytes]  # sent, unsent, rcv_nxt, urgent and received of a record
 
@@ -127,51 +132,76 @@ def _dump_some(socks: Sequence[socket.socket]) -> list[Ici | Error]:
 def _queues(
     socks: Sequence[socket.socket], places: list[int], after: list[tuple[Any, ...]], before: list[tuple[Any, ...]]
 ) -> dict[int, _Queues | Exception]:
-    """The queues of those that have any, by place, or why they cannot be read.
-
-    Copied one after the other, with nothing in between: a copy throws out of the processor's nearest cache what an
-    interpreter has there, and it costs less to fetch little of it again.
-    """
+    """The queues of those that have any, by place, or why they cannot be read."""
     copied: dict[int, _Queues | Exception] = {}
-    plain: list[tuple[int, tuple[Any, ...], socket.socket, int, int]] = []
+    sending: list[tuple[int, tuple[Any, ...], int]] = []
+    receiving: list[tuple[int, tuple[Any, ...], int]] = []
     for place, numbers in zip(places, after, strict=True):
         rmem_alloc, wmem_queued, _, write_seq, snd_una, _, rcv_nxt, copied_seq = numbers[_QUEUED]
         outstanding, unread = write_seq - snd_una & 0xFFFFFFFF, rcv_nxt - copied_seq & 0xFFFFFFFF
         if not (rmem_alloc or wmem_queued) or not (outstanding or unread):
             continue  # more may be bookkeeping, or segments out of order
-        *_, urg_data, peek_off, _, _ = numbers
         # In other states a FIN may count.
-        if numbers[_STATE] == _ESTABLISHED and not (outstanding and unread) and not urg_data and peek_off < 0:
-            queue = (uapi.TCP_SEND_QUEUE, outstanding) if outstanding else (uapi.TCP_RECV_QUEUE, unread)
-            plain.append((place, numbers, socks[place], *queue))
-            continue
-        try:
-            copied[place] = _both(socks[place], numbers, _notsent(numbers, before[place]))
-        except (Error, OSError) as error:
-            copied[place] = error
-    copy, data = checkpoint.plain_queue, dict[int, bytes]()
-    for place, _, sock, which, length in plain:
-        try:
-            data[place] = copy(sock, which, length)
-        except (Error, OSError) as error:
-            copied[place] = error
-    for place, numbers, _, which, _ in plain:
-        if place not in data:
-            continue
-        if which == uapi.TCP_SEND_QUEUE:
-            sent, unsent = checkpoint.divided(data[place], _notsent(numbers, before[place]))
-            copied[place] = sent, unsent, numbers[_RCV_NXT], -1, b""
+        alone = numbers[_STATE] == _ESTABLISHED and not (outstanding and unread)
+        if alone and outstanding:
+            sending.append((place, numbers, outstanding))
+        elif alone and not numbers[_URG_DATA] and numbers[_PEEK_OFF] < 0:
+            receiving.append((place, numbers, unread))
         else:
-            copied[place] = b"", b"", numbers[_RCV_NXT], -1, data[place]
+            try:
+                copied[place] = _both(socks[place], numbers, _notsent(numbers, before[place]))
+            except (Error, OSError) as error:
+                copied[place] = error
+    for place, numbers, data in _peeked(socks, receiving, uapi.TCP_RECV_QUEUE):
+        copied[place] = data if isinstance(data, Exception) else (b"", b"", numbers[_RCV_NXT], -1, data)
+    for place, numbers, data in _peeked(socks, sending, uapi.TCP_SEND_QUEUE):
+        if isinstance(data, Exception):
+            copied[place] = data
+        else:
+            sent, unsent = checkpoint.divided(data, _notsent(numbers, before[place]))
+            copied[place] = sent, unsent, numbers[_RCV_NXT], -1, b""
     return copied
+
+
+def _peeked(
+    socks: Sequence[socket.socket], queues: Sequence[tuple[int, tuple[Any, ...], int]], which: int
+) -> Iterator[tuple[int, tuple[Any, ...], bytes | Exception]]:
+    """Of sockets that only have this queue, by place and with its length, the same with the queue or what is wrong.
+
+    Copied one after the other, with nothing in between: a copy throws out of the processor's nearest cache what an
+    interpreter has there, and it costs less to fetch little of it again.
+    """
+    chosen = [socks[place] for place, _, _ in queues]
+    copies: list[bytes] = []
+    if chosen and _select(chosen, which):
+        more = [length + 1 for _, _, length in queues]  # to notice growth
+        with suppress(OSError):  # one by one they say which, and why
+            copies = [sock.recv(length, _PEEK) for sock, length in zip(chosen, more, strict=True)]
+        _select(chosen, uapi.TCP_NO_QUEUE)
+    for (place, numbers, length), data in zip(queues, itertools.chain(copies, itertools.repeat(b"")), strict=False):
+        if len(data) == length:
+            yield place, numbers, data
+            continue
+        try:
+            yield place, numbers, checkpoint.plain_queue(socks[place], which, length)
+        except (Error, OSError) as error:
+            yield place, numbers, error
+
+
+def _select(socks: Sequence[socket.socket], queue: int) -> bool:
+    """As sockopt.select_queue() on each, if all can have it together."""
+    together = batch.shared()
+    if together is None:
+        return False
+    with together.lock:
+        return together.select_queue([sock.fileno() for sock in socks], queue) is None
 
 
 def _notsent(numbers: Sequence[Any], before: Sequence[Any]) -> int:
     """The most that was unsent since the hold stands: what left since then met the hold and not the peer."""
-    _, _, _, write_seq, _, snd_nxt, _, _ = numbers[_QUEUED]
-    *_, wrote, sent = before
-    most: int = max(write_seq - snd_nxt & 0xFFFFFFFF, wrote - sent & 0xFFFFFFFF)
-    return most
+    now: int = numbers[_WRITE_SEQ] - numbers[_SND_NXT] & 0xFFFFFFFF
+    then: int = before[-2] - before[-1] & 0xFFFFFFFF
+    return max(now, then)
 
 
 def _both(sock: socket.socket, numbers: Sequence[Any], notsent: int) -> _Queues:

@@ -271,7 +271,8 @@ def divided(queue: bytes, notsent: int) -> tuple[Queue, Queue]:
     """A send queue's sent part and the unsent part, which has ``notsent`` bytes."""
     boundary = len(queue) - max(notsent, 0)
     if 0 < boundary < len(queue):
-        return memoryview(queue)[:boundary], memoryview(queue)[boundary:]
+        whole = memoryview(queue)
+        return whole[:boundary], whole[boundary:]
     return (b"", queue) if boundary <= 0 else (queue, b"")
 
 

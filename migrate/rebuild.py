@@ -9,22 +9,23 @@ from __future__ import annotations
 import itertools
 import operator
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from migrate.errors import Error
 from migrate.ici import Ici
-from migrate.kernel import batch, heap, options, sockopt, uapi
-from migrate.refill import RECEIVE, SEND, fill
+from migrate.kernel import batch, heap, options, uapi
+from migrate.refill import RECEIVE, SEND, fill_each
 from migrate.restore import (
     MAXSEG_LIMIT,
+    PUSH,
     Defaults,
     Restored,
     activate,
     choose_congestion,
     discard,
-    push,
-    queue_unsent,
     restore_with,
+    to_push,
 )
 from migrate.tcpstate import TcpState
 
@@ -32,8 +33,7 @@ __all__ = ["activate_many", "restore_many"]
 
 _ESTABLISHED = int(TcpState.ESTABLISHED)
 _INET, _INET6, _STREAM = int(socket.AF_INET), int(socket.AF_INET6), int(socket.SOCK_STREAM)
-_TCP, _QUEUE = int(socket.IPPROTO_TCP), uapi.TCP_REPAIR_QUEUE
-_OF_WINDOWS = {"SO_RCVBUF", "SO_RCVLOWAT", "TCP_WINDOW_CLAMP"}
+_TCP = int(socket.IPPROTO_TCP)
 
 Results = list[Restored | Error]
 
@@ -119,8 +119,8 @@ def _connect(
     if together.begin(descriptors) is not None:  # no connect(): it would begin a handshake
         return
     _set_options(together, groups, options.Phase.BEFORE_CONNECT)
-    failed = together.connect(descriptors) or ()
-    full: list[tuple[int, Restored, Ici]] = []
+    failed = together.connect(descriptors) or {}
+    full: list[tuple[Restored, Ici]] = []
     for number, (place, sock) in enumerate(zip(places, socks, strict=True)):
         if failed and (number in failed or -1 in failed):
             continue
@@ -129,61 +129,42 @@ def _connect(
         if record.congestion and defaults.get((record.local, record.remote)) != record.congestion:
             choose_congestion(sock, record, defaults)
         if record.received or record.sent or record.unsent:
-            full.append((place, sock, record))
-        else:
-            results[place] = sock
-    filled = _fill(full, results)
-    # Those whose windows what came after connect() has changed, or may have.
-    rest = [sock for sock, ici in filled if ici.received or ici.unsent]
-    if groups:
-        _set_options(together, groups, options.Phase.IN_REPAIR)
-        rest += [sock for chosen, row in groups if not _OF_WINDOWS.isdisjoint(chosen) for sock in row]
-    for sock, ici in filled:
-        if ici.unsent:
-            queue_unsent(sock, ici)
-    if rest:
-        _set_windows(together, rest)
-
-
-def _fill(
-    full: Sequence[tuple[int, Restored, Ici]], results: list[Restored | Error | None]
-) -> list[tuple[Restored, Ici]]:
-    """The queues of those that have any, which are in ``results`` and returned if that could be."""
-    filled = []
-    for place, sock, ici in full:
-        try:
-            if ici.received:  # that queue is still selected
-                fill(sock, ici.received, RECEIVE)
-            if ici.sent:
-                put = sock.setsockopt
-                put(_TCP, _QUEUE, uapi.TCP_SEND_QUEUE)
-                fill(sock, ici.sent, SEND)
-                put(_TCP, _QUEUE, uapi.TCP_NO_QUEUE)
-        except OSError:
-            continue
+            full.append((sock, record))
         results[place] = sock
-        filled.append((sock, ici))
-    return filled
+    _fill(together, full)
+    _set_options(together, groups, options.Phase.IN_REPAIR)
+    _queue_unsent(together, [(sock, ici) for sock, ici in full if ici.unsent])
+    # Last: what comes after connect() changes them.
+    _require_all(together.set_windows(descriptors), but=failed)
 
 
-def _set_windows(together: batch.Batch, socks: Sequence[Restored]) -> None:
-    windows = [
-        (ici.snd_wl1, ici.snd_wnd, ici.max_window, ici.rcv_wnd, ici.rcv_wup)
-        for sock in socks
-        if (ici := sock.record) is not None
-    ]
-    descriptors = [sock.fileno() for sock in socks]
-    for start in range(0, len(socks), batch.MOST):  # a socket may be there twice
-        some = slice(start, start + batch.MOST)
-        if together.set_windows(descriptors[some], windows[some]):
-            for sock, window in zip(socks[some], windows[some], strict=True):
-                sockopt.set_window(sock, window)
+def _fill(together: batch.Batch, full: Sequence[tuple[Restored, Ici]]) -> None:
+    fill_each([(sock, ici.received, 0) for sock, ici in full if ici.received], RECEIVE)  # still selected
+    if sending := [(sock, ici.sent, 0) for sock, ici in full if ici.sent]:
+        _require_all(together.select_queue([sock.fileno() for sock, _, _ in sending], uapi.TCP_SEND_QUEUE))
+        fill_each(sending, SEND)
+
+
+def _queue_unsent(together: batch.Batch, full: Sequence[tuple[Restored, Ici]]) -> None:
+    """As restore.queue_unsent() on each."""
+    if full:
+        descriptors = [sock.fileno() for sock, _ in full]
+        _require_all(together.leave_repair(descriptors, [False] * len(full)))
+        fill_each([(sock, ici.unsent, len(ici.sent)) for sock, ici in full], SEND)
+        _require_all(together.enter_repair(descriptors))
+
+
+def _require_all(failures: batch.Failures, *, but: Mapping[int, int] = MappingProxyType({})) -> None:
+    """Raises OSError, for all to be tried one by one, unless it failed only for those that had failed before."""
+    for place, number in (failures or {}).items():
+        if place not in but:
+            raise OSError(number, "one of many calls")
 
 
 def _put(together: batch.Batch, place: int, ici: Ici) -> None:
-    rcv_nxt, snd_wl1, rcv_wup, mss, timestamps = ici.rcv_nxt, ici.snd_wl1, ici.rcv_wup, ici.mss_clamp, ici.timestamps
-    if ici.received:  # that queue is filled later, and the windows are set again
-        rcv_nxt = snd_wl1 = rcv_wup = rcv_nxt - len(ici.received) & 0xFFFFFFFF
+    rcv_nxt, mss, timestamps = ici.rcv_nxt, ici.mss_clamp, ici.timestamps
+    if ici.received:  # that queue is filled later
+        rcv_nxt = rcv_nxt - len(ici.received) & 0xFFFFFFFF
     if ici.family == 4:
         family, rest = _INET, ici.remote
     else:
@@ -199,11 +180,11 @@ def _put(together: batch.Batch, place: int, ici: Ici) -> None:
         rest,
         batch.negotiated(mss, ici.snd_wscale, ici.rcv_wscale, ici.sack, timestamps > 0),
         ici.ts_value & ~1 | (timestamps == 2),
-        snd_wl1,
-        0 if ici.unsent else ici.snd_wnd,  # open when that part of the queue is there
+        ici.snd_wl1,
+        ici.snd_wnd,
         ici.max_window,
         ici.rcv_wnd,
-        rcv_wup,
+        ici.rcv_wup,
     )
 
 
@@ -235,16 +216,17 @@ def _one(defaults: Defaults, record: Ici) -> Restored | Error:
 
 
 def _speak(together: batch.Batch, socks: Sequence[Restored]) -> list[Error | None]:
-    probes = [sock.record is not None and bool(sock.record.sent or sock.record.unsent) for sock in socks]
-    if together.leave_repair([sock.fileno() for sock in socks], probes):
+    full = [(sock, ici) for sock in socks if (ici := sock.record) is not None and (ici.sent or ici.unsent)]
+    probed = {sock for sock, _ in full}
+    if together.leave_repair([sock.fileno() for sock in socks], [sock in probed for sock in socks]):
         return [_activate(sock) for sock in socks]
     try:
         _set_options(together, _groups(socks), options.Phase.AFTER_REPAIR)
     except Error as error:
         return [error] * len(socks)
+    if pushed := [sock for sock, ici in full if to_push(ici)]:
+        together.set_options([sock.fileno() for sock in pushed], (PUSH,))
     for sock in socks:
-        if sock.record is not None:
-            push(sock, sock.record)
         sock.record = None
     return [None] * len(socks)
 

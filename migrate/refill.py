@@ -8,13 +8,14 @@ from __future__ import annotations
 import errno
 import socket
 import time
+from collections.abc import Iterable
 
 from migrate.ici import Ici
 from migrate.kernel import segment, sockopt, uapi
 from migrate.kernel.nft import MARK
 from migrate.tcpstate import REBUILD, TcpState
 
-__all__ = ["RECEIVE", "SEND", "fill", "fill_urgent", "peers_window"]
+__all__ = ["RECEIVE", "SEND", "fill", "fill_each", "fill_urgent", "peers_window"]
 
 _CHUNK = 1 << 20  # bytes of a queue given to one send()
 _SMALLEST_CHUNK = 1 << 10
@@ -25,14 +26,20 @@ SEND, RECEIVE = (socket.SO_SNDBUF, uapi.SO_SNDBUFFORCE), (socket.SO_RCVBUF, uapi
 
 def fill(sock: socket.socket, data: bytes | memoryview, buffer: tuple[int, int], *, before: int = 0) -> None:
     """Write a queue behind the ``before`` bytes that are in its buffer. Most fit, and 64 KiB always do."""
-    try:
-        written = sock.send(data, _AT_ONCE)
-    except OSError as error:
-        if error.errno not in (errno.ENOMEM, errno.EAGAIN):
-            raise
-        written = 0
-    if written < len(data):
-        _fill_enlarged(sock, memoryview(data)[written:], buffer, before + written)
+    fill_each(((sock, data, before),), buffer)
+
+
+def fill_each(queues: Iterable[tuple[socket.socket, bytes | memoryview, int]], buffer: tuple[int, int]) -> None:
+    """`fill` for many: (sock, data, before)."""
+    for sock, data, before in queues:
+        try:
+            written = sock.send(data, _AT_ONCE)
+        except OSError as error:
+            if error.errno not in (errno.ENOMEM, errno.EAGAIN):
+                raise
+            written = 0
+        if written < len(data):
+            _fill_enlarged(sock, memoryview(data)[written:], buffer, before + written)
 
 
 def _fill_enlarged(sock: socket.socket, view: memoryview, buffer: tuple[int, int], before: int) -> None:

@@ -46,10 +46,10 @@ __all__ = [
     "activate",
     "choose_congestion",
     "discard",
-    "push",
     "queue_unsent",
     "restore",
     "restore_with",
+    "to_push",
 ]
 
 Defaults = dict[tuple[bytes, bytes], str]  # the congestion control that a connection between two addresses begins with
@@ -59,6 +59,7 @@ _PLANS = [REBUILD[TcpState(max(number, 1))] for number in range(max(TcpState) + 
 
 _INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)  # names of this module are found quicker than others
 _STREAM, _TCP, _MAXSEG = int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP), socket.TCP_MAXSEG
+PUSH = (_TCP, int(socket.TCP_CORK), bytes(4))  # as it is; the kernel takes it for a wish to send
 MAXSEG_LIMIT = 32767  # MAX_TCP_WINDOW in include/net/tcp.h: the most TCP_MAXSEG takes
 
 
@@ -203,10 +204,9 @@ def queue_unsent(sock: Restored, ici: Ici) -> None:
     sockopt.enter_repair(sock)
 
 
-def push(sock: Restored, ici: Ici) -> None:
-    """Send what is queued and may leave. Else the peer's answer to the probe does it, a round trip later."""
-    if ici.unsent and not ici.options.get("TCP_CORK"):
-        sock.setsockopt(_TCP, socket.TCP_CORK, 0)  # as it is; the kernel takes it for a wish to send
+def to_push(ici: Ici) -> bool:
+    """Whether to send what is queued: if any may leave, which else the answer to the probe lets, a round trip later."""
+    return bool(ici.unsent) and ici.snd_wnd > len(ici.sent) and not ici.options.get("TCP_CORK")
 
 
 def choose_congestion(sock: Restored, ici: Ici, defaults: Defaults) -> None:
@@ -237,7 +237,9 @@ def _activate(sock: Restored, ici: Ici) -> None:
     sockopt.leave_repair(sock, probe=bool(ici.sent or ici.unsent))
     if ici.options:
         sock.unset += options.apply(sock, ici.options, options.Phase.AFTER_REPAIR)
-    push(sock, ici)
+    if to_push(ici):
+        level, option, value = PUSH
+        sock.setsockopt(level, option, value)
     if _steps_wait(ici):
         with netns.entered_with(sock):  # segments are injected
             _take_steps(sock, ici, _PLANS[ici.state].steps)

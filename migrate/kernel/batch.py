@@ -26,14 +26,13 @@ MOST = 64  # sockets of which all that is written stays in the processor's cache
 
 Failures = Mapping[int, int] | None
 
-_OPTIONS_AT_ONCE = 16
-_ENTRIES = (16 + _OPTIONS_AT_ONCE) * MOST
+_OPTIONS_AT_ONCE = 15  # with the other programs' calls they make a power of two
+_ENTRIES = (17 + _OPTIONS_AT_ONCE) * MOST
 
 _TCP = int(socket.IPPROTO_TCP)
 _INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)
 _ADDRESS = 28  # bytes of a struct sockaddr_in6; a struct sockaddr_in is the beginning of one
 _INT = struct.Struct("=i")
-_WINDOW = struct.Struct("=5I")
 _CONSTANTS = struct.Struct("=3i")  # TCP_REPAIR_ON, TCP_SEND_QUEUE, TCP_RECV_QUEUE
 _OPTIONS = 32  # bytes of four struct tcp_repair_opt
 _REBUILD = struct.Struct(f"=IIi{_ADDRESS}sH2s24s{_OPTIONS}sI5I")
@@ -42,9 +41,10 @@ _REBUILD = struct.Struct(f"=IIi{_ADDRESS}sH2s24s{_OPTIONS}sI5I")
 class Batch:
     """A ring and what is done with it, by who has its ``lock``. Raises HostError where there is no such io_uring.
 
-    ``put(place * size, …)`` says what the socket at that place is to become, for `begin` and `connect`: where the send
-    queue begins, where the receive queue begins, TCP_MAXSEG, `sockaddr` of the local end; of the remote end the family,
-    the port as two bytes and the `rest`; `negotiated`, the timestamp, and the five numbers of sockopt.set_window().
+    ``put(place * size, …)`` says what the socket at that place is to become, for `begin`, `connect` and `set_windows`:
+    where the send queue begins, where the receive queue begins, TCP_MAXSEG, `sockaddr` of the local end; of the remote
+    end the family, the port as two bytes and the `rest`; `negotiated`, the timestamp, and the five numbers of
+    sockopt.set_window().
     """
 
     def __init__(self) -> None:
@@ -52,14 +52,12 @@ class Batch:
         self._ring = ring = Ring(_ENTRIES)
         try:
             self._enter = ring.program([setsockopt(_TCP, uapi.TCP_REPAIR, 0)], _alike(_INT.pack(1)), MOST)
+            self._queue = Values(_INT, b"", 1)
+            self._select = ring.program([setsockopt(_TCP, uapi.TCP_REPAIR_QUEUE, 0)], self._queue, MOST)
             silence = bytes(16) + _INT.pack(-1)  # AF_UNSPEC, TCP_REPAIR_OFF_NO_WP
             self._release = ring.program([connect(0, 16), setsockopt(_TCP, uapi.TCP_REPAIR, 16)], _alike(silence), MOST)
             self._probes = Values(_INT, b"", MOST)
             self._leave = ring.program([setsockopt(_TCP, uapi.TCP_REPAIR, 0)], self._probes, MOST)
-            self._windows = Values(_WINDOW, b"", MOST)
-            self._window = ring.program(
-                [setsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, 0, _WINDOW.size)], self._windows, MOST
-            )
             rebuild = Values(_REBUILD, _CONSTANTS.pack(1, uapi.TCP_SEND_QUEUE, uapi.TCP_RECV_QUEUE), MOST)
             self.size, self.put = rebuild.size, rebuild.put
             on, send, receive = (_REBUILD.size + 4 * place for place in range(3))
@@ -82,11 +80,12 @@ class Batch:
                     connect(remote, _ADDRESS),
                     setsockopt(_TCP, uapi.TCP_REPAIR_OPTIONS, negotiated, _OPTIONS),
                     setsockopt(_TCP, uapi.TCP_TIMESTAMP, negotiated + _OPTIONS),
-                    setsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, negotiated + _OPTIONS + 4, 20),
                 ],
                 rebuild,
                 MOST,
             )
+            windows = negotiated + _OPTIONS + 4
+            self._windows = ring.program([setsockopt(_TCP, uapi.TCP_REPAIR_WINDOW, windows, 20)], rebuild, MOST)
             self._options = functools.lru_cache(maxsize=64)(self._option_programs)
             self._try()
         except BaseException:
@@ -121,17 +120,20 @@ class Batch:
         return self._begin.run(descriptors)
 
     def connect(self, descriptors: Sequence[int]) -> Failures:
-        """connect(), what was negotiated, timestamp, windows. Only after `begin` went well for all of them.
+        """connect(), what was negotiated, timestamp; the peer's window is closed until `set_windows`.
 
-        Without repair mode a connect() would begin a handshake with the peer.
+        Only after `begin` went well for all of them: without repair mode a connect() would begin a handshake.
         """
         return self._connect.run(descriptors)
 
-    def set_windows(self, descriptors: Sequence[int], windows: Sequence[tuple[int, int, int, int, int]]) -> Failures:
+    def select_queue(self, descriptors: Sequence[int], queue: int) -> Failures:
+        """As sockopt.select_queue()."""
+        self._queue.put(0, queue)
+        return self._select.run(descriptors)
+
+    def set_windows(self, descriptors: Sequence[int]) -> Failures:
         """As sockopt.set_window()."""
-        for place, window in enumerate(windows):
-            self._windows.put(_WINDOW.size * place, *window)
-        return self._window.run(descriptors)
+        return self._windows.run(descriptors)
 
     def set_options(self, descriptors: Sequence[int], calls: tuple[tuple[int, int, bytes], ...]) -> Failures:
         """These setsockopt calls (level, number, value), the same on each socket."""

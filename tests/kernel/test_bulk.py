@@ -101,6 +101,8 @@ def test_the_same_as_one_by_one(fresh: bulk._Bulk, pairs: list[tuple[socket.sock
     for sock, record in zip(ours, many, strict=True):
         assert isinstance(record, Ici)
         assert sockopt.in_repair(sock)
+        with pytest.raises(OSError, match="Invalid argument"):
+            sock.send(b"?")  # no queue is selected that it would enter
         thaw(sock, record)
         alone = dump(sock)
         thaw(sock, alone)

@@ -20,7 +20,7 @@ from migrate.errors import Conflict, Error, HostError, PrivilegeError
 from migrate.ici import Ici
 from migrate.kernel import batch, netns, option_values, options, sockopt, uring
 from migrate.kernel.batch import Batch
-from migrate.kernel.option_table import OPTIONS, Phase
+from migrate.kernel.option_table import BY_NAME, OPTIONS, Phase
 from migrate.kernel.uring import Ring, Values, setsockopt
 from migrate.restore import Restored
 from tests.fix_netns import LanFactory
@@ -83,6 +83,28 @@ def test_restored_as_one_by_one(pairs: Pairs, way: str) -> None:
             assert received(far, len(wanted)) == wanted
             assert (sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) != 0) == (number % 5 == 4)
             assert sockopt.congestion(sock) == record.congestion
+
+
+def test_what_may_leave_leaves_at_once(pairs: Pairs, way: str) -> None:
+    """What was never sent goes with the activation, not with the peer's answer to its probe; or stays if it has to."""
+    records = [
+        msgspec.structs.replace(
+            record,
+            unsent=b"left",
+            snd_wnd=0 if number % 3 == 1 else record.snd_wnd,
+            options={**record.options, "TCP_CORK": 1} if number % 3 == 2 else record.options,
+        )
+        for number, record in enumerate(taken(pairs))
+    ]
+    with netns.entered_with(pairs[0][1]):
+        silent = [sock for sock in rebuild.restore_many(records, activate=False) if isinstance(sock, Restored)]
+    for sock in silent:
+        option_values.put(sock, BY_NAME["SO_ATTACH_FILTER"], struct.pack("!HBBI", 0x06, 0, 0, 0))  # nothing passes
+    assert rebuild.activate_many(silent) == [None] * len(records)
+    assert [sockopt.unsent_length(sock) for sock in silent] == [(0, 4, 4)[number % 3] for number in range(len(records))]
+    assert all(received(far, 4) == b"left" for far, _ in pairs[::3])
+    for sock in silent:
+        sock.close()
 
 
 def test_options_of_many(lan: LanFactory, way: str) -> None:
