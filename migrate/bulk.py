@@ -104,7 +104,7 @@ def _dump_some(socks: Sequence[socket.socket]) -> list[Ici | Error]:
         before = options.look_many(descriptors)
         good = [
             place
-            for place, (_, _, _, _, state, protocol, ulp, _, _) in enumerate(before)
+            for place, (_, _, _, _, state, protocol, ulp) in enumerate(before)
             if protocol == _TCP and not ulp and state in checkpoint.MOVABLE
         ]
         found = {place: options.recognise(socks[place], before[place]) for place in good}
@@ -114,10 +114,13 @@ def _dump_some(socks: Sequence[socket.socket]) -> list[Ici | Error]:
     frozen = _freeze(socks, good, results)
     after = snapshot.take_many([descriptors[place] for place in frozen])
     now, clock = time.time_ns(), time.monotonic_ns()
-    queues = _queues(socks, frozen, after, before)
+    queues = _queues(socks, frozen, after)
     for place, numbers in zip(frozen, after, strict=True):
         try:
             full = queues.get(place)
+            if isinstance(full, checkpoint.Changed):
+                results[place] = checkpoint.read_frozen(socks[place], found[place])
+                continue
             if isinstance(full, Exception):
                 raise full
             results[place] = _record(snapshot, numbers, found[place], full, now=now, clock=clock)
@@ -130,7 +133,7 @@ def _dump_some(socks: Sequence[socket.socket]) -> list[Ici | Error]:
 
 
 def _queues(
-    socks: Sequence[socket.socket], places: list[int], after: list[tuple[Any, ...]], before: list[tuple[Any, ...]]
+    socks: Sequence[socket.socket], places: list[int], after: list[tuple[Any, ...]]
 ) -> dict[int, _Queues | Exception]:
     """The queues of those that have any, by place, or why they cannot be read."""
     copied: dict[int, _Queues | Exception] = {}
@@ -149,7 +152,7 @@ def _queues(
             receiving.append((place, numbers, unread))
         else:
             try:
-                copied[place] = _both(socks[place], numbers, _notsent(numbers, before[place]))
+                copied[place] = _both(socks[place], numbers, _notsent(numbers))
             except (Error, OSError) as error:
                 copied[place] = error
     for place, numbers, data in _peeked(socks, receiving, uapi.TCP_RECV_QUEUE):
@@ -158,7 +161,7 @@ def _queues(
         if isinstance(data, Exception):
             copied[place] = data
         else:
-            sent, unsent = checkpoint.divided(data, _notsent(numbers, before[place]))
+            sent, unsent = checkpoint.divided(data, _notsent(numbers))
             copied[place] = sent, unsent, numbers[_RCV_NXT], -1, b""
     return copied
 
@@ -197,11 +200,13 @@ def _select(socks: Sequence[socket.socket], queue: int) -> bool:
         return together.select_queue([sock.fileno() for sock in socks], queue) is None
 
 
-def _notsent(numbers: Sequence[Any], before: Sequence[Any]) -> int:
-    """The most that was unsent since the hold stands: what left since then met the hold and not the peer."""
-    now: int = numbers[_WRITE_SEQ] - numbers[_SND_NXT] & 0xFFFFFFFF
-    then: int = before[-2] - before[-1] & 0xFFFFFFFF
-    return max(now, then)
+def _notsent(numbers: Sequence[Any]) -> int:
+    """As it was before a queue was selected: then whatever makes the kernel send counts it as sent, and sends nothing.
+
+    What was looked at before it was frozen says nothing: a segment may have been on its way out at that moment.
+    """
+    notsent: int = numbers[_WRITE_SEQ] - numbers[_SND_NXT] & 0xFFFFFFFF
+    return notsent
 
 
 def _both(sock: socket.socket, numbers: Sequence[Any], notsent: int) -> _Queues:

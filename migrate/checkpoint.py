@@ -35,6 +35,7 @@ __all__ = [
     "HOST",
     "KERNEL",
     "MOVABLE",
+    "Changed",
     "HasFileno",
     "borrowed",
     "check",
@@ -69,9 +70,7 @@ _REPAIR_QUEUE, _PEEK = uapi.TCP_REPAIR_QUEUE, socket.MSG_PEEK | socket.MSG_DONTW
 
 HOST, KERNEL = os.uname().nodename, os.uname().release
 
-_facts = tcpinfo.reader(
-    "state", "options", "wscales", "snd_mss", "rtt", "rttvar", "snd_ssthresh", "snd_cwnd", "advmss", "notsent_bytes"
-)
+_facts = tcpinfo.reader("state", "options", "wscales", "snd_mss", "rtt", "rttvar", "snd_ssthresh", "snd_cwnd", "advmss")
 
 
 def check(sock: HasFileno) -> None:
@@ -99,7 +98,10 @@ def dump(sock: HasFileno) -> Ici:
         raise _why_not(sock, error) from None
     freeze(sock)
     try:
-        return _read(sock, info, found)
+        try:
+            return _read(sock, info, found)
+        except Changed:  # whoever was just writing has come to an end
+            return read_frozen(sock, found)
     except BaseException as error:
         leave(sock, found)
         if isinstance(error, OSError):
@@ -129,14 +131,16 @@ def read_frozen(sock: socket.socket, found: dict[str, options.Value]) -> Ici:
 
 def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> Ici:
     """The record of a socket that is in repair mode; on return no queue is selected."""
-    state, bits, wscales, mss, rtt, rttvar, ssthresh, cwnd, advmss, notsent = _facts(info)
-    write_seq, rcv_nxt = sockopt.queue_ends(sock)
+    state, bits, wscales, mss, rtt, rttvar, ssthresh, cwnd, advmss = _facts(info)
     rmem_alloc, rcvbuf, wmem_queued = sockopt.meminfo(sock)
+    # Once the send queue is selected, whatever makes the kernel send counts it as sent, and sends nothing.
+    notsent = sockopt.unsent_length(sock) if wmem_queued else 0
+    write_seq, rcv_nxt = sockopt.queue_ends(sock)
     sent: Queue = b""
     unsent: Queue = b""
     snd_una, urgent, received = write_seq, -1, b""
     if wmem_queued:
-        notsent, outstanding = max(notsent, sockopt.unsent_length(sock)), sockopt.outstanding_length(sock)
+        outstanding = sockopt.outstanding_length(sock)
         snd_una = (write_seq - outstanding) & 0xFFFFFFFF
         sent, unsent = send_queue(sock, state, outstanding, notsent)
     if rmem_alloc:
@@ -258,10 +262,7 @@ def release(sock: HasFileno) -> None:
 
 
 def send_queue(sock: socket.socket, state: int, outstanding: int, notsent: int) -> tuple[Queue, Queue]:
-    """(the sent part, the unsent part) of ``outstanding`` bytes, which count a FIN as ``notsent`` does.
-
-    ``notsent`` is the most that was unsent since the hold stands: what left since then met the hold and not the peer.
-    """
+    """(the sent part, the unsent part) of ``outstanding`` bytes, which count a FIN as ``notsent`` does."""
     fin = state in _FIN_QUEUED
     length = outstanding - fin
     return divided(plain_queue(sock, uapi.TCP_SEND_QUEUE, length) if length > 0 else b"", notsent - fin)
@@ -323,9 +324,13 @@ def _whole(sock: socket.socket) -> Iterator[None]:
             put(socket.SOL_SOCKET, socket.SO_OOBINLINE, 0)
 
 
+class Changed(Refused):
+    """A queue grew while it was read. A process in the midst of a write may add to one of a frozen socket, once."""
+
+
 def _require_length(data: bytes, length: int, which: str) -> None:
     if len(data) != length:
-        raise Refused(f"its {which} queue changed while it was read", hint="hold the connection first, or try again")
+        raise Changed(f"its {which} queue changed while it was read", hint="hold the connection first, or try again")
 
 
 @functools.lru_cache(maxsize=4096)

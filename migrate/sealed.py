@@ -104,10 +104,20 @@ class Key:
 
     def seal(self, data: Buffer, context: bytes = b"") -> bytes:
         """A container of that data. Whoever opens it must give the same ``context``: whose row it is, for one."""
+        return b"".join(self.seal_parts([data], context))
+
+    def seal_parts(self, parts: Iterable[Buffer], context: bytes = b"") -> Iterator[bytes]:
+        """The same for data in parts, a piece at a time, so that no memory is needed for all of it."""
         container = _Container(self, os.urandom(16), context)
-        view = memoryview(data).cast("B")
-        cuts = range(0, len(view) or 1, CHUNK)
-        return b"".join((container.header, *(container.seal(view[at : at + CHUNK], at == cuts[-1]) for at in cuts)))
+        yield container.header
+        last = memoryview(b"")
+        for part in parts:
+            view = memoryview(part).cast("B")
+            for at in range(0, len(view), CHUNK):
+                if last:
+                    yield container.seal(last, False)
+                last = view[at : at + CHUNK]
+        yield container.seal(last, True)
 
     def open(self, container: Buffer, context: bytes = b"") -> bytes:
         """The data of a container. Raises RecordError as `read_records` does."""

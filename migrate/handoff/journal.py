@@ -3,15 +3,19 @@
 A batch is one row and its records another, because few rows are quick; a step of a machine is one transaction. Records
 are opaque here, and sealed: no file ever holds them in plain. Even so they are overwritten when the connections run or
 the batch is over, and the write-ahead log is emptied with the last of them. Epochs stay: a record is taken once.
+
+Large records lie in files beside the database (`handoff.recordfiles`), and their row is empty.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -22,13 +26,14 @@ from migrate.handoff.commands import Row
 from migrate.handoff.database import Database
 from migrate.handoff.destination import DestinationHandoff, DestinationState
 from migrate.handoff.ids import Connection, new_id
+from migrate.handoff.recordfiles import LARGE, RecordFiles
 from migrate.handoff.source import SourceState
 from migrate.sealed import Key
 
 __all__ = ["Journal"]
 
 _APPLICATION = 0x4943494A  # "ICIJ"
-_VERSION = 4
+_VERSION = 5
 _SCHEMA = """
 CREATE TABLE handoff(
     number INTEGER PRIMARY KEY AUTOINCREMENT, batch BLOB NOT NULL, role TEXT NOT NULL, state TEXT NOT NULL,
@@ -51,6 +56,8 @@ _MARK = """INSERT INTO seen VALUES(?, ?, 0, ?) ON CONFLICT(id) DO UPDATE SET
 _GIVE_BACK = "UPDATE seen SET epoch = epoch - 1 WHERE id=? AND epoch=? AND number=?"
 _ROWS = """SELECT batch, role, state, peer, steer, shared, journal, source, connections, refused
     FROM handoff ORDER BY number"""
+_IN_FILES = "SELECT number FROM records WHERE length(data) = 0"
+_SMALL = 1 << 14  # bytes of a record that is rather copied than sealed alone
 _AT_ONCE = 500  # keys in one question; older SQLites take 999
 _CONNECTIONS = msgspec.msgpack.Decoder(tuple[Connection, ...])
 _REFUSED = msgspec.msgpack.Decoder(dict[bytes, str])
@@ -74,6 +81,9 @@ class Journal:
         try:
             fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._database = Database(path, _SCHEMA, application=_APPLICATION, version=_VERSION, tidied=True)
+            self._files = RecordFiles(Path(f"{os.fspath(path)}.records"))
+            with self._database.errors():
+                self._files.keep(each for (each,) in self._database.connection.execute(_IN_FILES))
         except BaseException as error:
             os.close(self._owner)
             if isinstance(error, BlockingIOError):
@@ -102,23 +112,32 @@ class Journal:
         A new batch takes the epochs of its connections that are not refused. Raises Conflict, and writes nothing, if
         one of them was seen before or its connection is busy; HostError if it cannot be written.
         """
-        with self._lock, self._database.transaction() as run:
-            ask = "SELECT number, connections FROM handoff WHERE batch=? AND role=?"
-            found = run.execute(ask, (row.batch, row.role)).fetchone()
-            if found is None:
-                connections = _encode(row.connections)
-                number = self._insert(row, connections)
-            else:
-                number, connections = found
-                run.execute(
-                    "UPDATE handoff SET state=?, shared=?, journal=?, refused=? WHERE number=?",
-                    (row.state, row.shared, row.journal, _encode(row.refused), number),
-                )
-            if records:
-                sealed = self._key.seal(_encode(records), row.batch + connections)
-                run.execute("INSERT INTO records VALUES(?, ?)", (number, sealed))
-            elif row.state == DestinationState.ACTIVE.name:
-                run.execute("DELETE FROM records WHERE number=?", (number,))
+        with self._lock, contextlib.ExitStack() as undone:
+            with self._database.transaction() as run:
+                ask = "SELECT number, connections FROM handoff WHERE batch=? AND role=?"
+                found = run.execute(ask, (row.batch, row.role)).fetchone()
+                if found is None:
+                    connections = _encode(row.connections)
+                    number = self._insert(row, connections)
+                else:
+                    number, connections = found
+                    run.execute(
+                        "UPDATE handoff SET state=?, shared=?, journal=?, refused=? WHERE number=?",
+                        (row.state, row.shared, row.journal, _encode(row.refused), number),
+                    )
+                if records:
+                    context, sealed = row.batch + connections, b""
+                    if sum(map(len, records.values())) < LARGE:
+                        sealed = self._key.seal(_encode(records), context)
+                    else:
+                        undone.callback(self._files.undo, number)
+                        self._files.write(number, self._key.seal_parts(_parts(records), context))
+                    run.execute("INSERT INTO records VALUES(?, ?)", (number, sealed))
+                elif row.state == DestinationState.ACTIVE.name:
+                    run.execute("DELETE FROM records WHERE number=?", (number,))
+            undone.pop_all()
+            if row.state == DestinationState.ACTIVE.name:
+                self._files.drop(number)
 
     def _insert(self, row: Row, connections: bytes) -> int:
         run = self._database.connection
@@ -184,9 +203,13 @@ class Journal:
     def records(self, batch: bytes) -> dict[bytes, bytes]:
         """The records of a batch that comes here, by connection id. Raises RecordError if the key is another now."""
         with self._lock, self._database.errors():
-            ask = "SELECT data, connections FROM handoff JOIN records USING(number) WHERE batch=? AND role=?"
+            ask = "SELECT number, data, connections FROM handoff JOIN records USING(number) WHERE batch=? AND role=?"
             found = self._database.connection.execute(ask, (batch, DestinationHandoff.role)).fetchone()
-        return _RECORDS.decode(self._key.open(found[0], batch + found[1])) if found else {}
+            if found is None:
+                return {}
+            number, data, connections = found
+            sealed = data or self._files.read(number)
+        return _RECORDS.decode(self._key.open(sealed, batch + connections))
 
     def forget(
         self,
@@ -216,6 +239,8 @@ class Journal:
                     if moved:
                         others = _encode([c.id for c in connections if c.id not in moved])
                         run.execute("INSERT OR REPLACE INTO moved VALUES(?, ?, ?, ?)", (*found, batch, others, now))
+            if found is not None:
+                self._files.drop(*found)
 
     @property
     def untidy(self) -> bool:
@@ -223,7 +248,8 @@ class Journal:
         return self._database.untidy
 
     def tidy(self) -> None:
-        """Once no batch is open, nothing of what was deleted is in the write-ahead log. For a thread of its own."""
+        """What was deleted is wiped: from the write-ahead log once no batch is open. For a thread of its own."""
+        self._files.wipe()
         self._database.tidy("SELECT NOT EXISTS(SELECT 1 FROM handoff)")
 
     # ---- connections
@@ -287,6 +313,20 @@ class Journal:
                 (before,),
             )
             run.execute("DELETE FROM moved WHERE at < ? AND number NOT IN (SELECT number FROM seen)", (before,))
+
+
+def _parts(records: Mapping[bytes, bytes]) -> Iterator[bytes]:
+    """What _RECORDS reads, without a copy of the large ones."""
+    small = [b"\xdf" + len(records).to_bytes(4)]  # map 32
+    for id, record in records.items():
+        small += (_encode(id), b"\xc6" + len(record).to_bytes(4))  # bin 32
+        if len(record) < _SMALL:
+            small.append(record)
+        else:
+            yield b"".join(small)
+            yield record
+            small.clear()
+    yield b"".join(small)
 
 
 def _signed(cookie: int) -> int:

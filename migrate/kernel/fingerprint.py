@@ -104,8 +104,6 @@ _NUMBERS = {
     "sock_common.skc_state": "B",
     "sock.sk_protocol": "H",
     "inet_connection_sock.icsk_ulp_ops": "Q",
-    "tcp_sock.write_seq": "I",
-    "tcp_sock.snd_nxt": "I",
 }
 _FORM = struct.Struct("=iiI" + "".join(_NUMBERS.values()))
 _unpack, _HEAD = _FORM.unpack_from, _FORM.size
@@ -121,8 +119,6 @@ class Print(NamedTuple):
     state: int
     protocol: int
     upper_layer: int  # an address, 0 for none
-    write_seq: int
-    snd_nxt: int
 
 
 Settle = Callable[[socket.socket, Option], None]

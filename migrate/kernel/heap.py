@@ -11,7 +11,7 @@ __all__ = ["keep", "uncollected"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT = 256 << 20  # bytes that stay with the process when they are free
-_OWN_MAPPING = 4 << 20  # bytes from which a buffer is given back at once
+_OWN_MAPPING = 32 << 20  # bytes from which a buffer is given back at once: the most that glibc takes
 
 
 def keep() -> bool:

@@ -9,9 +9,9 @@ from functools import partial
 import msgspec
 import pytest
 
-from migrate import bulk, rebuild
+from migrate import bulk, checkpoint, rebuild
 from migrate.checkpoint import dump, release, thaw
-from migrate.errors import Conflict, Refused
+from migrate.errors import Conflict, Error, Refused
 from migrate.ici import Ici
 from migrate.kernel import netns, sockopt, tcpinfo, uapi
 from migrate.tcpstate import TcpState
@@ -108,6 +108,49 @@ def test_the_same_as_one_by_one(fresh: bulk._Bulk, pairs: list[tuple[socket.sock
         thaw(sock, alone)
         assert unlike(record, alone).keys() <= CHANGES
         assert abs(record.ts_value - alone.ts_value) < 5000
+
+
+@pytest.mark.parametrize("again", [1, 2])
+@pytest.mark.parametrize("many", [True, False], ids=["many", "one"])
+def test_whoever_was_writing_when_it_froze(
+    fresh: bulk._Bulk,
+    pairs: list[tuple[socket.socket, socket.socket]],
+    monkeypatch: pytest.MonkeyPatch,
+    many: bool,
+    again: int,
+) -> None:
+    """A write that has begun may still add to the queue of a frozen socket: it is read again, once."""
+    near = pairs[0][1]
+    near.setsockopt(socket.SOL_SOCKET, uapi.SO_SNDBUFFORCE, 4 << 20)
+    near.send(bytes(1 << 20), socket.MSG_DONTWAIT)
+    until(partial(_stalled, near))
+    plain_queue, left = checkpoint.plain_queue, [again]
+
+    def late(sock: socket.socket, which: int, length: int) -> bytes:
+        if left[0]:
+            left[0] -= 1
+            sockopt.select_queue(sock, uapi.TCP_SEND_QUEUE)
+            sock.send(b"late")
+        return plain_queue(sock, which, length)
+
+    monkeypatch.setattr(checkpoint, "plain_queue", late)
+    monkeypatch.setattr(bulk, "_select", lambda *_: False)
+    result = bulk.dump_many([sock for _, sock in pairs])[0] if many else _or_error(near)
+    if again > 1:
+        assert isinstance(result, Refused)
+        assert "changed while" in str(result)
+        assert not sockopt.in_repair(near)
+        return
+    assert isinstance(result, Ici)
+    assert (b"".join((result.sent, result.unsent))).endswith(b"late")
+    assert len(result.sent) + len(result.unsent) == sockopt.outstanding_length(near)
+
+
+def _or_error(sock: socket.socket) -> Ici | Error:
+    try:
+        return dump(sock)
+    except Error as error:
+        return error
 
 
 def test_what_cannot_move_is_refused_and_untouched(

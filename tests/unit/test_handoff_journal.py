@@ -18,12 +18,14 @@ import pytest
 
 from migrate.errors import Conflict, HostError, RecordError
 from migrate.fourtuple import FourTuple
+from migrate.handoff import recordfiles
 from migrate.handoff.commands import Row
 from migrate.handoff.ids import Connection, new_id
 from migrate.handoff.journal import Journal
 from migrate.sealed import KEY_LENGTH, Key
 
 KEY = Key(bytes(KEY_LENGTH))
+LARGE = bytes(recordfiles.LARGE)
 
 
 @pytest.fixture
@@ -232,9 +234,12 @@ def test_what_came_here_is_known_also_when_it_has_moved_on(journal: Journal) -> 
 
 def test_only_the_owner_may_read_it(journal: Journal, path: Path) -> None:
     journal.write(row(moving=connections(1)))
-    files = sorted(path.parent.iterdir())
-    assert {file.name for file in files} >= {"journal", "journal-wal", "journal.lock"}
-    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    (large,) = connections(1)
+    journal.write(row("RESTORING", b"large", moving=(large,)), {large.id: LARGE})
+    found = {str(each.relative_to(path.parent)): stat.S_IMODE(each.stat().st_mode) for each in path.parent.rglob("*")}
+    assert found.keys() >= {"journal", "journal-wal", "journal.lock", "journal.records/2"}
+    assert found.pop("journal.records") == 0o700
+    assert set(found.values()) == {0o600}
 
 
 def test_a_file_that_others_could_read_is_closed_to_them(path: Path) -> None:
@@ -243,14 +248,20 @@ def test_a_file_that_others_could_read_is_closed_to_them(path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def holding(path: Path, part: bytes) -> list[str]:
+    """The files of the journal that hold these bytes."""
+    return [each.name for each in path.parent.rglob("*") if each.is_file() and part in each.read_bytes()]
+
+
 @pytest.mark.parametrize("state", ["ACTIVE", None], ids=["they run", "it is over"])
-def test_no_byte_of_a_record_is_ever_in_a_file(journal: Journal, path: Path, state: str | None) -> None:
+@pytest.mark.parametrize("length", [200, 2000], ids=["in rows", "in a file"])
+def test_no_byte_of_a_record_is_ever_in_a_file(journal: Journal, path: Path, state: str | None, length: int) -> None:
     moving = connections(40)
     secret = os.urandom(16).hex().encode()
-    records = {c.id: secret * 200 for c in moving}
+    records = {c.id: secret * length for c in moving}
 
     def found() -> list[str]:
-        return [file.name for file in path.parent.iterdir() if secret in file.read_bytes()]
+        return holding(path, secret)
 
     journal.write(row("PREPARED", moving=moving))
     journal.write(row("RESTORING", moving=moving), records)
@@ -262,19 +273,65 @@ def test_no_byte_of_a_record_is_ever_in_a_file(journal: Journal, path: Path, sta
     assert found() == []
 
 
-def test_what_was_sealed_is_wiped_as_well(journal: Journal, path: Path) -> None:
+@pytest.mark.parametrize("state", ["ACTIVE", None], ids=["they run", "it is over"])
+def test_what_was_sealed_is_wiped_as_well(journal: Journal, path: Path, state: str | None) -> None:
+    small, large = connections(2)
+    journal.write(row("RESTORING", b"small", moving=(small,)), {small.id: bytes(100_000)})
+    journal.write(row("RESTORING", b"large", moving=(large,)), {large.id: LARGE})
+    (sealed,) = journal._database.connection.execute("SELECT data FROM records WHERE number=1").fetchone()
+    with path.with_name("journal.records").joinpath("2").open("rb") as file:
+        parts = [sealed[1000:1032], file.read()[1000:1032]]
+        assert all(holding(path, part) for part in parts)
+        journal.tidy()
+        assert journal.untidy  # a batch is open
+        assert all(holding(path, part) for part in parts)
+        for batch, moving in ((b"small", small), (b"large", large)):
+            if state is not None:
+                journal.write(row(state, batch, moving=(moving,)))
+                journal.tidy()
+                assert (moving is large) <= (not holding(path, parts[1]))
+            journal.forget(batch, "destination", (moving,), frozenset())
+        journal.tidy()
+        assert not journal.untidy
+        assert not any(holding(path, part) for part in parts)
+        file.seek(0)
+        assert not any(file.read())  # whoever has the disk finds zeros
+
+
+def test_large_records_come_back(journal: Journal, path: Path) -> None:
+    """With small ones among them; and what no row counts on is gone after the next start."""
+    moving = connections(3)
+    records = {moving[0].id: b"small", moving[1].id: LARGE, moving[2].id: b""}
+    journal.write(row("RESTORING", moving=moving), records)
+    journal.close()
+    files = path.with_name("journal.records")
+    (files / "7").write_bytes(b"of a row that was never written")
+    with Journal(path, KEY) as again:
+        assert again.records(b"batch") == records
+        again.tidy()
+        assert [each.name for each in files.iterdir()] == ["1"]
+        (files / "1").unlink()
+        with pytest.raises(RecordError, match="not there any more"):
+            again.records(b"batch")
+
+
+def test_a_row_that_cannot_be_written_leaves_no_file(journal: Journal, path: Path) -> None:
+    """And one that could, and then a step that could not, keeps its file."""
     (moving,) = connections(1)
-    journal.write(row("RESTORING", moving=(moving,)), {moving.id: bytes(100_000)})
-    (sealed,) = journal._database.connection.execute("SELECT data FROM records").fetchone()
-    part = sealed[1000:1032]
-    assert any(part in file.read_bytes() for file in path.parent.iterdir())
-    journal.tidy()
-    assert journal.untidy  # a batch is open
-    assert any(part in file.read_bytes() for file in path.parent.iterdir())
-    journal.forget(b"batch", "destination", (moving,), frozenset())
-    journal.tidy()
-    assert not journal.untidy
-    assert not any(part in file.read_bytes() for file in path.parent.iterdir())
+    journal._database.connection.execute(
+        "CREATE TRIGGER no BEFORE INSERT ON records BEGIN SELECT RAISE(FAIL, 'no'); END"
+    )
+    with pytest.raises(HostError, match="no"):
+        journal.write(row("RESTORING", moving=(moving,)), {moving.id: LARGE})
+    assert (journal.rows(), list(path.with_name("journal.records").iterdir())) == ([], [])
+    journal._database.connection.execute("DROP TRIGGER no")
+    journal.write(row("RESTORING", moving=(moving,)), {moving.id: LARGE})
+    journal._database.connection.execute(
+        "CREATE TRIGGER no BEFORE DELETE ON records BEGIN SELECT RAISE(FAIL, 'no'); END"
+    )
+    with pytest.raises(HostError, match="no"):
+        journal.write(row("ACTIVE", moving=(moving,)))
+    assert journal.records(b"batch") == {moving.id: LARGE}
 
 
 def test_records_open_with_their_key_and_in_their_row_only(journal: Journal, path: Path) -> None:
@@ -359,11 +416,11 @@ def test_a_full_disk_is_an_error_and_no_loss(journal: Journal) -> None:
     pages = database.execute("PRAGMA page_count").fetchone()[0]
     database.execute(f"PRAGMA max_page_count={pages}")
     with pytest.raises(HostError, match="full") as caught:
-        journal.write(row("RESTORING", moving=(first,)), {first.id: bytes(1 << 20)})
+        journal.write(row("RESTORING", moving=(first,)), {first.id: bytes(1 << 17)})
     assert "room" in str(caught.value)
     assert journal.rows() == [row("PREPARED", moving=(first,))]
     database.execute("PRAGMA max_page_count=1000000")
-    journal.write(row("RESTORING", moving=(first,)), {first.id: bytes(1 << 20)})
+    journal.write(row("RESTORING", moving=(first,)), {first.id: bytes(1 << 17)})
     journal.write(row("PREPARED", batch=b"second", moving=(second,)))
 
 
@@ -381,7 +438,7 @@ for number in itertools.count():
     def row(state):
         return Row(batch=batch, role="destination", state=state, peer="", connections=moving, refused={})
     journal.write(row("PREPARED"))
-    journal.write(row("RESTORING"), {c.id: c.id * 100 for c in moving})
+    journal.write(row("RESTORING"), {c.id: c.id * (100 if number % 2 else 1000) for c in moving})
     journal.write(row("COMMITTED"))
     os.write(1, b"%d\\n" % number)
     if number % 3 == 0:
@@ -408,7 +465,7 @@ def test_what_was_written_survives_a_kill_at_any_moment(path: Path) -> None:
             for number, state in states.items():
                 kept = journal.records(number.to_bytes(16))
                 assert len(kept) == (0 if state == "PREPARED" else 50)
-                assert all(data == id * 100 for id, data in kept.items())
+                assert all(data == id * (100 if number % 2 else 1000) for id, data in kept.items())
 
 
 def test_ten_thousand_connections_cost_microseconds(journal: Journal) -> None:
