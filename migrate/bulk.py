@@ -31,8 +31,8 @@ _ESTABLISHED = int(TcpState.ESTABLISHED)
 _INET, _INET6, _TCP = int(socket.AF_INET), int(socket.AF_INET6), int(socket.IPPROTO_TCP)
 _PORT = struct.Struct("!H").unpack
 _STATE = Numbers._fields.index("state")
-_WRITE_SEQ, _SND_NXT, _RCV_NXT, _URG_DATA, _PEEK_OFF = map(
-    Numbers._fields.index, ("write_seq", "snd_nxt", "rcv_nxt", "urg_data", "peek_off")
+_SND_UNA, _SND_NXT, _RCV_NXT, _URG_DATA, _PEEK_OFF = map(
+    Numbers._fields.index, ("snd_una", "snd_nxt", "rcv_nxt", "urg_data", "peek_off")
 )
 _PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 _QUEUED = slice(Numbers._fields.index("rmem_alloc"), Numbers._fields.index("copied_seq") + 1)
@@ -112,6 +112,8 @@ def _dump_some(socks: Sequence[socket.socket]) -> list[Ici | Error]:
         return [_one(sock) for sock in socks]
     results: list[Ici | Error | None] = [None] * len(socks)
     frozen = _freeze(socks, good, results)
+    if not _bulk.trusted:
+        sent, frozen = _sent(socks, frozen, found, results)
     after = snapshot.take_many([descriptors[place] for place in frozen])
     now, clock = time.time_ns(), time.monotonic_ns()
     queues = _queues(socks, frozen, after)
@@ -119,17 +121,37 @@ def _dump_some(socks: Sequence[socket.socket]) -> list[Ici | Error]:
         try:
             full = queues.get(place)
             if isinstance(full, checkpoint.Changed):
-                results[place] = checkpoint.read_frozen(socks[place], found[place])
+                results[place] = checkpoint.read_frozen(socks[place], found[place], _in_flight(numbers))
                 continue
             if isinstance(full, Exception):
                 raise full
             results[place] = _record(snapshot, numbers, found[place], full, now=now, clock=clock)
         except (Error, OSError) as error:
-            checkpoint.leave(socks[place], found[place])
-            results[place] = error if isinstance(error, Error) else checkpoint.explained(error)
-    if not _bulk.trusted and frozen:
-        _compare(socks, frozen, found, results)
+            results[place] = _given_up(socks[place], found[place], error)
+    if not _bulk.trusted:
+        _compare(socks, sent, found, results)
     return [_one(socks[place]) if result is None else result for place, result in enumerate(results)]
+
+
+def _given_up(sock: socket.socket, found: dict[str, options.Value], error: Error | OSError) -> Error:
+    checkpoint.leave(sock, found)
+    return error if isinstance(error, Error) else checkpoint.explained(error)
+
+
+def _sent(
+    socks: Sequence[socket.socket],
+    frozen: list[int],
+    found: dict[int, dict[str, options.Value]],
+    results: list[Ici | Error | None],
+) -> tuple[dict[int, int], list[int]]:
+    """By place what is in flight, by the documented calls, and the places where that could be read."""
+    sent = {}
+    for place in frozen:
+        try:
+            sent[place] = checkpoint.in_flight(socks[place])
+        except (Error, OSError) as error:
+            results[place] = _given_up(socks[place], found[place], error)
+    return sent, list(sent)
 
 
 def _queues(
@@ -152,7 +174,7 @@ def _queues(
             receiving.append((place, numbers, unread))
         else:
             try:
-                copied[place] = _both(socks[place], numbers, _notsent(numbers))
+                copied[place] = _both(socks[place], numbers)
             except (Error, OSError) as error:
                 copied[place] = error
     for place, numbers, data in _peeked(socks, receiving, uapi.TCP_RECV_QUEUE):
@@ -161,7 +183,7 @@ def _queues(
         if isinstance(data, Exception):
             copied[place] = data
         else:
-            sent, unsent = checkpoint.divided(data, _notsent(numbers))
+            sent, unsent = checkpoint.divided(data, _in_flight(numbers))
             copied[place] = sent, unsent, numbers[_RCV_NXT], -1, b""
     return copied
 
@@ -200,23 +222,22 @@ def _select(socks: Sequence[socket.socket], queue: int) -> bool:
         return together.select_queue([sock.fileno() for sock in socks], queue) is None
 
 
-def _notsent(numbers: Sequence[Any]) -> int:
-    """As it was before a queue was selected: then whatever makes the kernel send counts it as sent, and sends nothing.
-
-    What was looked at before it was frozen says nothing: a segment may have been on its way out at that moment.
-    """
-    notsent: int = numbers[_WRITE_SEQ] - numbers[_SND_NXT] & 0xFFFFFFFF
-    return notsent
+def _in_flight(numbers: Sequence[Any]) -> int:
+    """As `checkpoint.in_flight`, from a snapshot that was taken before a queue was selected."""
+    sent: int = numbers[_SND_NXT] - numbers[_SND_UNA] & 0xFFFFFFFF
+    return sent
 
 
-def _both(sock: socket.socket, numbers: Sequence[Any], notsent: int) -> _Queues:
+def _both(sock: socket.socket, numbers: Sequence[Any]) -> _Queues:
     """The queues of a frozen socket, whatever they hold."""
     _, wmem_queued, _, write_seq, snd_una, _, rcv_nxt, copied_seq = numbers[_QUEUED]
     sent: Queue = b""
     unsent: Queue = b""
     received, urgent = b"", -1
     if wmem_queued and write_seq != snd_una:
-        sent, unsent = checkpoint.send_queue(sock, numbers[_STATE], write_seq - snd_una & 0xFFFFFFFF, notsent)
+        sent, unsent = checkpoint.send_queue(
+            sock, numbers[_STATE], write_seq - snd_una & 0xFFFFFFFF, _in_flight(numbers)
+        )
     if rcv_nxt != copied_seq:
         rcv_nxt, urgent, received = checkpoint.receive_queue(sock)
     return sent, unsent, rcv_nxt, urgent, received
@@ -341,21 +362,26 @@ def _ts_value(timestamps: int, clock: int, tsoffset: int) -> int:
 
 def _compare(
     socks: Sequence[socket.socket],
-    frozen: list[int],
+    sent: dict[int, int],
     found: dict[int, dict[str, options.Value]],
     results: list[Ici | Error | None],
 ) -> None:
-    """Ask one connection the documented way as well. Where the two differ, ask all so, now and from now on."""
-    place = next((place for place in frozen if isinstance(results[place], Ici)), None)
-    if place is None:
-        return
-    if _alike(results[place], checkpoint.read_frozen(socks[place], found[place])):
-        _bulk.trusted = True
-        return
-    _bulk.give_up()
-    for place in frozen:
-        if isinstance(results[place], Ici):
-            results[place] = checkpoint.read_frozen(socks[place], found[place])
+    """Ask one connection the documented way as well. Where the two differ, ask all so, now and from now on.
+
+    ``sent`` is what was in flight by place.
+    """
+    good = [place for place in sent if isinstance(results[place], Ici)]
+    for first in good[:1]:
+        with suppress(Error, OSError):  # it just changes: others are compared next time
+            if _alike(results[first], checkpoint.read_frozen(socks[first], found[first], sent[first])):
+                _bulk.trusted = True
+                return
+            _bulk.give_up()
+    for place in good:
+        try:
+            results[place] = checkpoint.read_frozen(socks[place], found[place], sent[place])
+        except (Error, OSError) as error:
+            results[place] = _given_up(socks[place], found[place], error)
 
 
 def _alike(ours: Ici | Error | None, theirs: Ici) -> bool:

@@ -20,7 +20,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from migrate import unconnected
@@ -66,6 +66,7 @@ _FIN_QUEUED = frozenset(state for state, plan in REBUILD.items() if plan.sent_fi
 _TCP, _MAXSEG = int(socket.IPPROTO_TCP), socket.TCP_MAXSEG  # names of this module are found quicker than others
 _TIMESTAMPS, _USEC_TS, _SACK = uapi.TCPI_OPT_TIMESTAMPS, uapi.TCPI_OPT_USEC_TS, uapi.TCPI_OPT_SACK
 _WSCALE, _ECN = uapi.TCPI_OPT_WSCALE, uapi.TCPI_OPT_ECN
+_ATTEMPTS = 3  # to read two numbers that a write changes together
 _REPAIR_QUEUE, _PEEK = uapi.TCP_REPAIR_QUEUE, socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 HOST, KERNEL = os.uname().nodename, os.uname().release
@@ -98,10 +99,10 @@ def dump(sock: HasFileno) -> Ici:
         raise _why_not(sock, error) from None
     freeze(sock)
     try:
-        try:
-            return _read(sock, info, found)
-        except Changed:  # whoever was just writing has come to an end
-            return read_frozen(sock, found)
+        sent = in_flight(sock)
+        with suppress(Changed):
+            return _read(sock, info, found, sent)
+        return read_frozen(sock, found, sent)  # whoever was just writing has come to an end
     except BaseException as error:
         leave(sock, found)
         if isinstance(error, OSError):
@@ -124,25 +125,38 @@ def explained(error: OSError) -> Error:
     return from_oserror("dumping a connection", error)
 
 
-def read_frozen(sock: socket.socket, found: dict[str, options.Value]) -> Ici:
-    """The record of a socket in repair mode, by the documented calls; ``found`` are its options."""
-    return _read(sock, sockopt.tcp_info(sock), found)
+def in_flight(sock: socket.socket) -> int:
+    """Bytes sent and not acknowledged, with a FIN, of a socket in repair mode of which no queue was selected yet.
+
+    Later nobody can tell: while the send queue is selected, whatever makes the kernel send counts all of it as sent,
+    and sends nothing. A write that had begun before may be such a thing.
+    """
+    for _ in range(_ATTEMPTS):
+        outstanding = sockopt.outstanding_length(sock)
+        sent = outstanding - sockopt.unsent_length(sock) if outstanding else 0
+        if sockopt.outstanding_length(sock) == outstanding:
+            return sent
+    raise _changed("send")
 
 
-def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value]) -> Ici:
+def read_frozen(sock: socket.socket, found: dict[str, options.Value], sent: int) -> Ici:
+    """The record of a socket in repair mode, by the documented calls.
+
+    ``found`` are its options, ``sent`` is what `in_flight` said of it at first.
+    """
+    return _read(sock, sockopt.tcp_info(sock), found, sent)
+
+
+def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value], in_flight: int) -> Ici:
     """The record of a socket that is in repair mode; on return no queue is selected."""
     state, bits, wscales, mss, rtt, rttvar, ssthresh, cwnd, advmss = _facts(info)
-    rmem_alloc, rcvbuf, wmem_queued = sockopt.meminfo(sock)
-    # Once the send queue is selected, whatever makes the kernel send counts it as sent, and sends nothing.
-    notsent = sockopt.unsent_length(sock) if wmem_queued else 0
+    rmem_alloc, rcvbuf, _ = sockopt.meminfo(sock)
+    outstanding = sockopt.outstanding_length(sock)
     write_seq, rcv_nxt = sockopt.queue_ends(sock)
-    sent: Queue = b""
-    unsent: Queue = b""
-    snd_una, urgent, received = write_seq, -1, b""
-    if wmem_queued:
-        outstanding = sockopt.outstanding_length(sock)
-        snd_una = (write_seq - outstanding) & 0xFFFFFFFF
-        sent, unsent = send_queue(sock, state, outstanding, notsent)
+    if sockopt.outstanding_length(sock) != outstanding:  # of which of the two moments write_seq is, nobody knows
+        raise _changed("send")
+    snd_una, urgent, received = (write_seq - outstanding) & 0xFFFFFFFF, -1, b""
+    sent, unsent = send_queue(sock, state, outstanding, in_flight) if outstanding else (b"", b"")
     if rmem_alloc:
         rcv_nxt, urgent, received = receive_queue(sock)
     snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup = sockopt.window(sock)
@@ -211,10 +225,7 @@ def leave_out_what_comes_by_itself(found: dict[str, options.Value], advmss: int,
 
 
 def _measured(clamp: options.Value, rcvbuf: int) -> bool:
-    """Whether it is what the kernel gives that buffer once it has seen how well segments fill their memory.
-
-    That is rcvbuf * scaling_ratio / 256, where the ratio begins with a half: tcp_measure_rcv_mss() in tcp_input.c.
-    """
+    """Whether the kernel gives it that buffer: rcvbuf * ratio / 256, from a half on (tcp_measure_rcv_mss())."""
     if not isinstance(clamp, int) or not rcvbuf // 2 < clamp < rcvbuf:
         return False
     ratio = -(-clamp * 256 // rcvbuf)
@@ -261,20 +272,18 @@ def release(sock: HasFileno) -> None:
         raise from_oserror("releasing a connection", error) from None
 
 
-def send_queue(sock: socket.socket, state: int, outstanding: int, notsent: int) -> tuple[Queue, Queue]:
-    """(the sent part, the unsent part) of ``outstanding`` bytes, which count a FIN as ``notsent`` does."""
-    fin = state in _FIN_QUEUED
-    length = outstanding - fin
-    return divided(plain_queue(sock, uapi.TCP_SEND_QUEUE, length) if length > 0 else b"", notsent - fin)
+def send_queue(sock: socket.socket, state: int, outstanding: int, in_flight: int) -> tuple[Queue, Queue]:
+    """(the sent part, the unsent part) of ``outstanding`` bytes, which count a FIN as ``in_flight`` does."""
+    length = outstanding - (state in _FIN_QUEUED)
+    return divided(plain_queue(sock, uapi.TCP_SEND_QUEUE, length) if length > 0 else b"", in_flight)
 
 
-def divided(queue: bytes, notsent: int) -> tuple[Queue, Queue]:
-    """A send queue's sent part and the unsent part, which has ``notsent`` bytes."""
-    boundary = len(queue) - max(notsent, 0)
-    if 0 < boundary < len(queue):
+def divided(queue: bytes, in_flight: int) -> tuple[Queue, Queue]:
+    """A send queue's sent part, which has ``in_flight`` bytes or with a FIN one less, and the unsent part."""
+    if 0 < in_flight < len(queue):
         whole = memoryview(queue)
-        return whole[:boundary], whole[boundary:]
-    return (b"", queue) if boundary <= 0 else (queue, b"")
+        return whole[:in_flight], whole[in_flight:]
+    return (queue, b"") if in_flight else (b"", queue)
 
 
 def plain_queue(sock: socket.socket, which: int, length: int) -> bytes:
@@ -330,7 +339,11 @@ class Changed(Refused):
 
 def _require_length(data: bytes, length: int, which: str) -> None:
     if len(data) != length:
-        raise Changed(f"its {which} queue changed while it was read", hint="hold the connection first, or try again")
+        raise _changed(which)
+
+
+def _changed(which: str) -> Changed:
+    return Changed(f"its {which} queue changed while it was read", hint="hold the connection first, or try again")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -124,6 +124,7 @@ def test_whoever_was_writing_when_it_froze(
     near.setsockopt(socket.SOL_SOCKET, uapi.SO_SNDBUFFORCE, 4 << 20)
     near.send(bytes(1 << 20), socket.MSG_DONTWAIT)
     until(partial(_stalled, near))
+    sent = sockopt.outstanding_length(near) - sockopt.unsent_length(near)
     plain_queue, left = checkpoint.plain_queue, [again]
 
     def late(sock: socket.socket, which: int, length: int) -> bytes:
@@ -142,7 +143,8 @@ def test_whoever_was_writing_when_it_froze(
         assert not sockopt.in_repair(near)
         return
     assert isinstance(result, Ici)
-    assert (b"".join((result.sent, result.unsent))).endswith(b"late")
+    assert bytes(result.unsent).endswith(b"late")
+    assert len(result.sent) == sent
     assert len(result.sent) + len(result.unsent) == sockopt.outstanding_length(near)
 
 
