@@ -136,7 +136,7 @@ def in_flight(sock: socket.socket) -> int:
         sent = outstanding - sockopt.unsent_length(sock) if outstanding else 0
         if sockopt.outstanding_length(sock) == outstanding:
             return sent
-    raise _changed("send")
+    raise Changed("send")
 
 
 def read_frozen(sock: socket.socket, found: dict[str, options.Value], sent: int) -> Ici:
@@ -154,7 +154,7 @@ def _read(sock: socket.socket, info: bytes, found: dict[str, options.Value], in_
     outstanding = sockopt.outstanding_length(sock)
     write_seq, rcv_nxt = sockopt.queue_ends(sock)
     if sockopt.outstanding_length(sock) != outstanding:  # of which of the two moments write_seq is, nobody knows
-        raise _changed("send")
+        raise Changed("send")
     snd_una, urgent, received = (write_seq - outstanding) & 0xFFFFFFFF, -1, b""
     sent, unsent = send_queue(sock, state, outstanding, in_flight) if outstanding else (b"", b"")
     if rmem_alloc:
@@ -336,14 +336,13 @@ def _whole(sock: socket.socket) -> Iterator[None]:
 class Changed(Refused):
     """A queue grew while it was read. A process in the midst of a write may add to one of a frozen socket, once."""
 
+    def __init__(self, which: str) -> None:
+        super().__init__(f"its {which} queue changed while it was read", hint="hold it first, or try again")
+
 
 def _require_length(data: bytes, length: int, which: str) -> None:
     if len(data) != length:
-        raise _changed(which)
-
-
-def _changed(which: str) -> Changed:
-    return Changed(f"its {which} queue changed while it was read", hint="hold the connection first, or try again")
+        raise Changed(which)
 
 
 @functools.lru_cache(maxsize=4096)
