@@ -80,8 +80,8 @@ class Journal:
             raise from_oserror(f"opening {lock}", error, hint="is the directory there, and ours?") from None
         try:
             fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._database = Database(path, _SCHEMA, application=_APPLICATION, version=_VERSION, tidied=True)
             self._files = RecordFiles(Path(f"{os.fspath(path)}.records"))
+            self._database = Database(path, _SCHEMA, application=_APPLICATION, version=_VERSION, tidied=True)
             with self._database.errors():
                 self._files.keep(each for (each,) in self._database.connection.execute(_IN_FILES))
         except BaseException as error:
