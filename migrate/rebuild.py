@@ -146,7 +146,7 @@ def _fill(together: batch.Batch, full: Sequence[tuple[Restored, Ici]]) -> None:
 
 
 def _queue_unsent(together: batch.Batch, full: Sequence[tuple[Restored, Ici]]) -> None:
-    """As restore.queue_unsent() on each."""
+    """Behind windows that are still closed; outside repair mode for a moment, as `restore` does it with one."""
     if full:
         descriptors = [sock.fileno() for sock, _ in full]
         _require_all(together.leave_repair(descriptors, [False] * len(full)))

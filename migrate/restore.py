@@ -46,7 +46,6 @@ __all__ = [
     "activate",
     "choose_congestion",
     "discard",
-    "queue_unsent",
     "restore",
     "restore_with",
     "to_push",
@@ -189,12 +188,12 @@ def _rebuild(sock: Restored, ici: Ici, defaults: Defaults) -> None:
         sock.unset += options.apply(sock, chosen, options.Phase.IN_REPAIR)
     if ici.unsent:
         sockopt.set_window(sock, (ici.snd_wl1, 0, ici.max_window, rcv_wnd, rcv_wup))
-        queue_unsent(sock, ici)
+        _queue_unsent(sock, ici)
     # Last, because an injected segment changes the windows.
     sockopt.set_window(sock, (ici.snd_wl1, ici.snd_wnd, ici.max_window, rcv_wnd, rcv_wup))
 
 
-def queue_unsent(sock: Restored, ici: Ici) -> None:
+def _queue_unsent(sock: Restored, ici: Ici) -> None:
     """The peer's window must be closed, so that nothing leaves; the caller sets the windows afterwards.
 
     A process that is killed meanwhile is heard (a FIN, or a RST if something is unread), but for a hold on what leaves.
