@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 import socket
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Collection, Iterable, Sequence
 
 from migrate.errors import Error
 from migrate.ici import Ici
@@ -119,7 +118,7 @@ def _connect(
     if together.begin(descriptors) is not None:  # no connect(): it would begin a handshake
         return
     _set_options(together, groups, options.Phase.BEFORE_CONNECT)
-    failed = together.connect(descriptors) or {}
+    failed = together.connect(descriptors) or ()
     full: list[tuple[Restored, Ici]] = []
     for number, (place, sock) in enumerate(zip(places, socks, strict=True)):
         if failed and (number in failed or -1 in failed):
@@ -154,7 +153,7 @@ def _queue_unsent(together: batch.Batch, full: Sequence[tuple[Restored, Ici]]) -
         _require_all(together.enter_repair(descriptors))
 
 
-def _require_all(failures: batch.Failures, *, but: Mapping[int, int] = MappingProxyType({})) -> None:
+def _require_all(failures: batch.Failures, *, but: Collection[int] = ()) -> None:
     """Raises OSError, for all to be tried one by one, unless it failed only for those that had failed before."""
     for place, number in (failures or {}).items():
         if place not in but:

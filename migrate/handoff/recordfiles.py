@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from migrate.errors import RecordError, from_oserror
+from migrate.errors import HostError, RecordError, from_oserror
 
 __all__ = ["LARGE", "RecordFiles"]
 
@@ -22,7 +22,7 @@ _ZEROS = bytes(1 << 20)
 class RecordFiles:
     """The files in ``directory``, which is made if it is not there, 0700; by the batches' numbers in the journal.
 
-    One thread at a time, but `wipe` may run beside the others. Raises HostError.
+    One thread at a time, but `wipe` may run beside the others. Raises HostError; when made, as `errors.from_oserror`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -45,20 +45,17 @@ class RecordFiles:
         """Anew, should there be one of a row that came to nothing."""
         path = self._path(number)
         self._there.add(number)
-        try:
-            with open(path, "wb", opener=_private) as file:
-                file.writelines(pieces)
-        except OSError as error:
-            raise from_oserror(f"writing {path}", error, hint="make room on the disk") from None
+        with _errors(path, hint="make room on the disk"), open(path, "wb", opener=_private) as file:
+            file.writelines(pieces)
 
     def read(self, number: int) -> bytes:
         """Raises RecordError if there is none."""
-        try:
-            return self._path(number).read_bytes()
-        except FileNotFoundError:
-            raise RecordError(f"{self._path(number)} is not there any more", offset=0) from None
-        except OSError as error:
-            raise from_oserror(f"reading {self._path(number)}", error) from None
+        path = self._path(number)
+        with _errors(path):
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                raise RecordError(f"{path} is not there any more", offset=0) from None
 
     def drop(self, number: int) -> None:
         """No row counts on it any more, if there is one: `wipe` removes it."""
@@ -77,17 +74,24 @@ class RecordFiles:
         """Overwrite what was dropped, and remove it."""
         while self._gone:
             path = self._path(self._gone.pop())
-            try:
+            with _errors(path):
                 with open(path, "r+b", opener=_private) as file:
                     left = os.fstat(file.fileno()).st_size
                     while left > 0:
                         left -= file.write(_ZEROS[:left])
                 path.unlink()
-            except OSError as error:
-                raise from_oserror(f"removing {path}", error) from None
 
     def _path(self, number: int) -> Path:
         return self._directory / str(number)
+
+
+@contextlib.contextmanager
+def _errors(path: Path, hint: str | None = None) -> Iterator[None]:
+    """As `Database.errors`: the journal cannot be had, whatever part of it."""
+    try:
+        yield
+    except OSError as error:
+        raise HostError(f"{path}: {error.strerror}", hint=hint) from None
 
 
 def _private(path: str, flags: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sqlite3
 import stat
@@ -422,6 +423,24 @@ def test_a_full_disk_is_an_error_and_no_loss(journal: Journal) -> None:
     database.execute("PRAGMA max_page_count=1000000")
     journal.write(row("RESTORING", moving=(first,)), {first.id: bytes(1 << 17)})
     journal.write(row("PREPARED", batch=b"second", moving=(second,)))
+
+
+def test_a_file_that_does_not_fit_is_an_error_and_no_loss(journal: Journal, path: Path) -> None:
+    """The kernel stops the write half-way, as on a full disk."""
+    (moving,) = connections(1)
+    journal.write(row("PREPARED", moving=(moving,)))
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(LARGE) // 2, usual[1]))
+    try:
+        with pytest.raises(HostError, match=r"journal\.records/1: File too large") as caught:
+            journal.write(row("RESTORING", moving=(moving,)), {moving.id: LARGE})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert "room" in str(caught.value)
+    assert journal.rows() == [row("PREPARED", moving=(moving,))]
+    assert list(path.with_name("journal.records").iterdir()) == []
+    journal.write(row("RESTORING", moving=(moving,)), {moving.id: LARGE})
+    assert journal.records(b"batch") == {moving.id: LARGE}
 
 
 CHILD = """
