@@ -7,12 +7,11 @@ if the two records differ, or where the host or the process cannot take snapshot
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -31,11 +30,10 @@ _ESTABLISHED = int(TcpState.ESTABLISHED)
 _INET, _INET6, _TCP = int(socket.AF_INET), int(socket.AF_INET6), int(socket.IPPROTO_TCP)
 _PORT = struct.Struct("!H").unpack
 _STATE = Numbers._fields.index("state")
-_SND_UNA, _SND_NXT, _RCV_NXT, _URG_DATA, _PEEK_OFF = map(
-    Numbers._fields.index, ("snd_una", "snd_nxt", "rcv_nxt", "urg_data", "peek_off")
-)
+_SND_UNA, _SND_NXT, _URG_DATA, _PEEK_OFF = map(Numbers._fields.index, ("snd_una", "snd_nxt", "urg_data", "peek_off"))
 _PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 _QUEUED = slice(Numbers._fields.index("rmem_alloc"), Numbers._fields.index("copied_seq") + 1)
+_Carried = dict[tuple[int, int, int], dict[str, options.Value]]  # by `id` of what was found, advmss and SO_RCVBUF
 _Queues = tuple[Queue, Queue, int, int, bytes]  # sent, unsent, rcv_nxt, urgent and received of a record
 
 
@@ -107,9 +105,10 @@ def _dump_some(socks: Sequence[socket.socket]) -> list[Ici | Error]:
             for place, (_, _, _, _, state, protocol, ulp) in enumerate(before)
             if protocol == _TCP and not ulp and state in checkpoint.MOVABLE
         ]
-        found = {place: options.recognise(socks[place], before[place]) for place in good}
+        alike = options.recognise_many([socks[place] for place in good], [before[place] for place in good])
     except (Error, OSError):  # nothing was touched: each says for itself what is wrong with it
         return [_one(sock) for sock in socks]
+    found = dict(zip(good, alike, strict=True))
     results: list[Ici | Error | None] = [None] * len(socks)
     frozen = _freeze(socks, good, results)
     if not _bulk.trusted:
@@ -117,15 +116,16 @@ def _dump_some(socks: Sequence[socket.socket]) -> list[Ici | Error]:
     after = snapshot.take_many([descriptors[place] for place in frozen])
     now, clock = time.time_ns(), time.monotonic_ns()
     queues = _queues(socks, frozen, after)
+    carried: _Carried = {}
     for place, numbers in zip(frozen, after, strict=True):
         try:
             full = queues.get(place)
             if isinstance(full, checkpoint.Changed):
-                results[place] = checkpoint.read_frozen(socks[place], found[place], _in_flight(numbers))
+                results[place] = checkpoint.read_frozen(socks[place], found[place].copy(), _in_flight(numbers))
                 continue
             if isinstance(full, Exception):
                 raise full
-            results[place] = _record(snapshot, numbers, found[place], full, now=now, clock=clock)
+            results[place] = _record(snapshot, numbers, found[place], full, carried, now=now, clock=clock)
         except (Error, OSError) as error:
             results[place] = _given_up(socks[place], found[place], error)
     if not _bulk.trusted:
@@ -159,58 +159,56 @@ def _queues(
 ) -> dict[int, _Queues | Exception]:
     """The queues of those that have any, by place, or why they cannot be read."""
     copied: dict[int, _Queues | Exception] = {}
-    sending: list[tuple[int, tuple[Any, ...], int]] = []
-    receiving: list[tuple[int, tuple[Any, ...], int]] = []
+    sending: list[tuple[int, int, int, int]] = []
+    receiving: list[tuple[int, int, int]] = []
     for place, numbers in zip(places, after, strict=True):
-        rmem_alloc, wmem_queued, _, write_seq, snd_una, _, rcv_nxt, copied_seq = numbers[_QUEUED]
+        rmem_alloc, wmem_queued, _, write_seq, snd_una, snd_nxt, rcv_nxt, copied_seq = numbers[_QUEUED]
         outstanding, unread = write_seq - snd_una & 0xFFFFFFFF, rcv_nxt - copied_seq & 0xFFFFFFFF
         if not (rmem_alloc or wmem_queued) or not (outstanding or unread):
             continue  # more may be bookkeeping, or segments out of order
         # In other states a FIN may count.
         alone = numbers[_STATE] == _ESTABLISHED and not (outstanding and unread)
         if alone and outstanding:
-            sending.append((place, numbers, outstanding))
+            sending.append((place, outstanding, snd_nxt - snd_una & 0xFFFFFFFF, rcv_nxt))
         elif alone and not numbers[_URG_DATA] and numbers[_PEEK_OFF] < 0:
-            receiving.append((place, numbers, unread))
+            receiving.append((place, unread, rcv_nxt))
         else:
             try:
                 copied[place] = _both(socks[place], numbers)
             except (Error, OSError) as error:
                 copied[place] = error
-    for place, numbers, data in _peeked(socks, receiving, uapi.TCP_RECV_QUEUE):
-        copied[place] = data if isinstance(data, Exception) else (b"", b"", numbers[_RCV_NXT], -1, data)
-    for place, numbers, data in _peeked(socks, sending, uapi.TCP_SEND_QUEUE):
-        if isinstance(data, Exception):
-            copied[place] = data
-        else:
-            sent, unsent = checkpoint.divided(data, _in_flight(numbers))
-            copied[place] = sent, unsent, numbers[_RCV_NXT], -1, b""
+    for (place, _, rcv_nxt), data in zip(receiving, _peeked(socks, receiving, uapi.TCP_RECV_QUEUE), strict=True):
+        copied[place] = data if isinstance(data, Exception) else (b"", b"", rcv_nxt, -1, data)
+    for (place, _, sent, rcv_nxt), data in zip(sending, _peeked(socks, sending, uapi.TCP_SEND_QUEUE), strict=True):
+        copied[place] = data if isinstance(data, Exception) else (*checkpoint.divided(data, sent), rcv_nxt, -1, b"")
     return copied
 
 
 def _peeked(
-    socks: Sequence[socket.socket], queues: Sequence[tuple[int, tuple[Any, ...], int]], which: int
-) -> Iterator[tuple[int, tuple[Any, ...], bytes | Exception]]:
-    """Of sockets that only have this queue, by place and with its length, the same with the queue or what is wrong.
+    socks: Sequence[socket.socket], queues: Sequence[tuple[int, ...]], which: int
+) -> list[bytes | Exception] | list[bytes]:
+    """Of sockets that only have this queue, by place and with its length first, the queue or what is wrong.
 
     Copied one after the other, with nothing in between: a copy throws out of the processor's nearest cache what an
     interpreter has there, and it costs less to fetch little of it again.
     """
-    chosen = [socks[place] for place, _, _ in queues]
-    copies: list[bytes] = []
+    chosen, lengths = [socks[queue[0]] for queue in queues], [queue[1] for queue in queues]
     if chosen and _select(chosen, which):
-        more = [length + 1 for _, _, length in queues]  # to notice growth
+        copies: list[bytes] = []
         with suppress(OSError):  # one by one they say which, and why
-            copies = [sock.recv(length, _PEEK) for sock, length in zip(chosen, more, strict=True)]
+            # A byte more than there should be tells of growth.
+            copies = [sock.recv(length + 1, _PEEK) for sock, length in zip(chosen, lengths, strict=True)]
         _select(chosen, uapi.TCP_NO_QUEUE)
-    for (place, numbers, length), data in zip(queues, itertools.chain(copies, itertools.repeat(b"")), strict=False):
-        if len(data) == length:
-            yield place, numbers, data
-            continue
-        try:
-            yield place, numbers, checkpoint.plain_queue(socks[place], which, length)
-        except (Error, OSError) as error:
-            yield place, numbers, error
+        if list(map(len, copies)) == lengths:
+            return copies
+    return [_plain(sock, which, length) for sock, length in zip(chosen, lengths, strict=True)]
+
+
+def _plain(sock: socket.socket, which: int, length: int) -> bytes | Exception:
+    try:
+        return checkpoint.plain_queue(sock, which, length)
+    except (Error, OSError) as error:
+        return error
 
 
 def _select(socks: Sequence[socket.socket], queue: int) -> bool:
@@ -295,6 +293,7 @@ def _record(
     numbers: Sequence[Any],
     found: dict[str, options.Value],
     queues: _Queues | None,
+    carried: _Carried,
     *,
     now: int,
     clock: int,
@@ -308,8 +307,13 @@ def _record(
     ) = numbers  # fmt: skip
     timestamps, sack, snd_wscale, rcv_wscale, ecn, congestion = snapshot.negotiated(bits)
     sent, unsent, rcv_nxt, urgent, received = queues or (b"", b"", rcv_nxt, -1, b"")
+    chosen: dict[str, options.Value] = {}
     if found:
-        checkpoint.leave_out_what_comes_by_itself(found, advmss, rcvbuf)
+        key = id(found), advmss, rcvbuf
+        if key not in carried:
+            carried[key] = found.copy()
+            checkpoint.leave_out_what_comes_by_itself(carried[key], advmss, rcvbuf)
+        chosen = carried[key].copy()
     if family == _INET6 and not addresses6.startswith(MAPPED):
         local, remote = addresses6[:16], addresses6[16:]
     return Ici(
@@ -341,7 +345,7 @@ def _record(
         mdev >> 2,
         b"",
         0,
-        found,
+        chosen,
         urgent,
         b"",
         checkpoint.HOST,
@@ -373,13 +377,13 @@ def _compare(
     good = [place for place in sent if isinstance(results[place], Ici)]
     for first in good[:1]:
         with suppress(Error, OSError):  # it just changes: others are compared next time
-            if _alike(results[first], checkpoint.read_frozen(socks[first], found[first], sent[first])):
+            if _alike(results[first], checkpoint.read_frozen(socks[first], found[first].copy(), sent[first])):
                 _bulk.trusted = True
                 return
             _bulk.give_up()
     for place in good:
         try:
-            results[place] = checkpoint.read_frozen(socks[place], found[place], sent[place])
+            results[place] = checkpoint.read_frozen(socks[place], found[place].copy(), sent[place])
         except (Error, OSError) as error:
             results[place] = _given_up(socks[place], found[place], error)
 

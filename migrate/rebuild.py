@@ -148,7 +148,7 @@ def _queue_unsent(together: batch.Batch, full: Sequence[tuple[Restored, Ici]]) -
     """Behind windows that are still closed; outside repair mode for a moment, as `restore` does it with one."""
     if full:
         descriptors = [sock.fileno() for sock, _ in full]
-        _require_all(together.leave_repair(descriptors, [False] * len(full)))
+        _require_all(together.leave_repair(descriptors, probe=False))
         fill_each([(sock, ici.unsent, len(ici.sent)) for sock, ici in full], SEND)
         _require_all(together.enter_repair(descriptors))
 
@@ -216,9 +216,11 @@ def _one(defaults: Defaults, record: Ici) -> Restored | Error:
 
 def _speak(together: batch.Batch, socks: Sequence[Restored]) -> list[Error | None]:
     full = [(sock, ici) for sock in socks if (ici := sock.record) is not None and (ici.sent or ici.unsent)]
-    probed = {sock for sock, _ in full}
-    if together.leave_repair([sock.fileno() for sock in socks], [sock in probed for sock in socks]):
-        return [_activate(sock) for sock in socks]
+    probed = {sock.fileno() for sock, _ in full}
+    others = [descriptor for sock in socks if (descriptor := sock.fileno()) not in probed]
+    for descriptors, probe in ((list(probed), True), (others, False)):
+        if descriptors and together.leave_repair(descriptors, probe=probe):
+            return [_activate(sock) for sock in socks]
     try:
         _set_options(together, _groups(socks), options.Phase.AFTER_REPAIR)
     except Error as error:

@@ -204,8 +204,14 @@ def _queue_unsent(sock: Restored, ici: Ici) -> None:
 
 
 def to_push(ici: Ici) -> bool:
-    """Whether to send what is queued: if any may leave, which else the answer to the probe lets, a round trip later."""
-    return bool(ici.unsent) and ici.snd_wnd > len(ici.sent) and not ici.options.get("TCP_CORK")
+    """Whether to send what is queued: if any may leave, which else the answer to the probe lets, a round trip later.
+
+    The kernel sends no segment of which the peer's window takes only a part (tcp_snd_wnd_test).
+    """
+    if not ici.unsent:
+        return False
+    room = ici.snd_wnd - len(ici.sent)
+    return (room >= ici.mss or room >= len(ici.unsent)) and not ici.options.get("TCP_CORK")
 
 
 def choose_congestion(sock: Restored, ici: Ici, defaults: Defaults) -> None:

@@ -26,8 +26,8 @@ MOST = 64  # sockets of which all that is written stays in the processor's cache
 
 Failures = Mapping[int, int] | None
 
-_OPTIONS_AT_ONCE = 15  # with the other programs' calls they make a power of two
-_ENTRIES = (17 + _OPTIONS_AT_ONCE) * MOST
+_OPTIONS_AT_ONCE = 14  # with the other programs' calls they make a power of two
+_ENTRIES = (18 + _OPTIONS_AT_ONCE) * MOST
 
 _TCP = int(socket.IPPROTO_TCP)
 _INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)
@@ -56,8 +56,11 @@ class Batch:
             self._select = ring.program([setsockopt(_TCP, uapi.TCP_REPAIR_QUEUE, 0)], self._queue, MOST)
             silence = bytes(16) + _INT.pack(-1)  # AF_UNSPEC, TCP_REPAIR_OFF_NO_WP
             self._release = ring.program([connect(0, 16), setsockopt(_TCP, uapi.TCP_REPAIR, 16)], _alike(silence), MOST)
-            self._probes = Values(_INT, b"", MOST)
-            self._leave = ring.program([setsockopt(_TCP, uapi.TCP_REPAIR, 0)], self._probes, MOST)
+            off = {True: uapi.TCP_REPAIR_OFF, False: uapi.TCP_REPAIR_OFF_NO_WP}
+            self._leave = {
+                probe: ring.program([setsockopt(_TCP, uapi.TCP_REPAIR, 0)], _alike(_INT.pack(value)), MOST)
+                for probe, value in off.items()
+            }
             rebuild = Values(_REBUILD, _CONSTANTS.pack(1, uapi.TCP_SEND_QUEUE, uapi.TCP_RECV_QUEUE), MOST)
             self.size, self.put = rebuild.size, rebuild.put
             on, send, receive = (_REBUILD.size + 4 * place for place in range(3))
@@ -105,11 +108,9 @@ class Batch:
         """As sockopt.enter_repair()."""
         return self._enter.run(descriptors)
 
-    def leave_repair(self, descriptors: Sequence[int], probes: Sequence[bool]) -> Failures:
-        """As sockopt.leave_repair(); ``probes`` says for each whether a window probe is to be sent."""
-        for place, probe in enumerate(probes):
-            self._probes.put(_INT.size * place, 0 if probe else -1)
-        return self._leave.run(descriptors)
+    def leave_repair(self, descriptors: Sequence[int], *, probe: bool) -> Failures:
+        """As sockopt.leave_repair()."""
+        return self._leave[probe].run(descriptors)
 
     def release(self, descriptors: Sequence[int]) -> Failures:
         """As sockopt.disconnect(), then leave repair mode without a probe."""

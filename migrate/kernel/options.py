@@ -21,7 +21,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from migrate.errors import from_oserror
@@ -29,7 +29,7 @@ from migrate.kernel import netns, option_values
 from migrate.kernel.fingerprint import Fingerprint
 from migrate.kernel.option_table import BY_NAME, OPTIONS, Kind, Option, Phase, Value
 
-__all__ = ["Kind", "Phase", "Value", "apply", "calls", "flowinfo", "look_many", "prepare", "read", "recognise"]
+__all__ = ["Kind", "Phase", "Value", "apply", "calls", "flowinfo", "look_many", "prepare", "read", "recognise_many"]
 
 PAYS_OFF = 1000  # sockets asked the long way cost as much as getting fingerprints ready
 MEMORY = 1.0  # seconds: as long a host's changed settings may go unnoticed
@@ -97,7 +97,7 @@ class _Reader:
     def read(self, sock: socket.socket, connected: bool) -> dict[str, Value]:
         fingerprint = self.ready(1)
         if fingerprint and connected:
-            return self.recognise(fingerprint, sock, fingerprint.take(sock.fileno()))
+            return self.recognise(fingerprint, sock, fingerprint.take(sock.fileno())).copy()
         return self.ask(sock, connected)
 
     def ready(self, count: int) -> Fingerprint | None:
@@ -111,7 +111,7 @@ class _Reader:
     def recognise(self, fingerprint: Fingerprint, sock: socket.socket, taken: tuple[Any, ...]) -> dict[str, Value]:
         sizes = taken[:4]
         if (same := self.memory.same.get(sizes)) is not None:
-            return same.copy()
+            return same
         key, send, receive, clamp = sizes
         like = self.memory.known.get(key)
         if like is None:
@@ -126,7 +126,7 @@ class _Reader:
         if clamp != receive // 2:
             options["TCP_WINDOW_CLAMP"] = clamp
         if key in self.memory.known and not like.ask and not like.charged:
-            self.memory.same[sizes] = options.copy()
+            self.memory.same[sizes] = options
         for option, default in like.ask:
             if (value := option_values.get(sock, option)) != default:
                 options[option.name] = value
@@ -211,11 +211,15 @@ def look_many(descriptors: Sequence[int]) -> list[tuple[Any, ...]]:
         raise from_oserror("reading socket options", error) from None
 
 
-def recognise(sock: socket.socket, look: tuple[Any, ...]) -> dict[str, Value]:
-    """`read` of a connected socket that was just looked at. Raises KernelError."""
-    assert _reader.fingerprint
+def recognise_many(socks: Iterable[socket.socket], looks: Iterable[tuple[Any, ...]]) -> list[dict[str, Value]]:
+    """`read` of connected sockets that were just looked at. Raises KernelError.
+
+    Those that are alike share one dictionary: it is not to be changed.
+    """
+    fingerprint = _reader.fingerprint
+    assert fingerprint
     try:
-        return _reader.recognise(_reader.fingerprint, sock, look)
+        return [_reader.recognise(fingerprint, sock, look) for sock, look in zip(socks, looks, strict=True)]
     except OSError as error:
         raise from_oserror("reading socket options", error) from None
 
