@@ -3,6 +3,7 @@
     with Killer() as killer:
         killer.run("dump", name, "-o", file)             # to its end: .code .stdout .stderr .steps
         killer.run("dump", name, "-o", file, at=7)       # dead before its seventh step: .code is -SIGKILL
+    killer.run("dump", name, "-o", file, at=("link", 1))    # dead before its first link(); .places of a run has all
 
 A step is a call of a C function by which a process can change anything outside of itself, counted from where a verb
 begins to work. What happens between two steps nobody else can see, so the steps are all the moments there are.
@@ -20,12 +21,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, Self
 
-__all__ = ["Killer", "Run"]
+__all__ = ["Killer", "Place", "Run"]
 
 ROOT = Path(__file__).parents[1]
 BEGIN = {"_save", "_usable"}  # functions of the verbs: what came before only looked
@@ -38,6 +40,9 @@ STEPS = {
 # fmt: on
 
 
+Place = tuple[str, int]
+
+
 class Run(NamedTuple):
     """What became of a command line."""
 
@@ -45,6 +50,11 @@ class Run(NamedTuple):
     stdout: str
     stderr: str
     steps: list[str]  # the C functions, in their order; the last is the one before which it was killed
+
+    @property
+    def places(self) -> list[Place]:
+        """Each step as the how many-eth call of its function: one more of another before it changes nothing."""
+        return [(step, self.steps[: number + 1].count(step)) for number, step in enumerate(self.steps)]
 
 
 class Killer:
@@ -62,8 +72,8 @@ class Killer:
     def __exit__(self, *_: object) -> None:
         self._process.communicate(timeout=30)
 
-    def run(self, *words: str | Path, at: int | None = None) -> Run:
-        """One command line; killed before step ``at`` if there is such a step."""
+    def run(self, *words: str | Path, at: int | Place | None = None) -> Run:
+        """One command line; killed before step ``at``, by number or `Place`, if there is such a step."""
         assert self._process.stdin and self._process.stdout
         print(json.dumps([at, *map(str, words)]), file=self._process.stdin, flush=True)
         run = Run(*json.loads(self._process.stdout.readline()))
@@ -82,7 +92,7 @@ def main() -> None:
         print(json.dumps(_fork(words, at)), flush=True)
 
 
-def _fork(words: list[str], at: int | None) -> Run:
+def _fork(words: list[str], at: int | list[str | int] | None) -> Run:
     with contextlib.ExitStack() as stack:
         out, err, trace = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
         child = os.fork()
@@ -102,20 +112,21 @@ def _fork(words: list[str], at: int | None) -> Run:
         return Run(code, out.read(), err.read(), trace.read().split())
 
 
-def _become(words: list[str], at: int | None, trace: int) -> int:
+def _become(words: list[str], at: int | list[str | int] | None, trace: int) -> int:
     from migrate.cli.main import main as tcpmig
 
-    me, count, began = os.getpid(), 0, False
+    me, counts, began = os.getpid(), Counter[str](), False
 
     def watch(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal count, began
+        nonlocal began
         if event == "call" and frame.f_code.co_name in BEGIN:
             began = True
-        if event != "c_call" or not began or getattr(argument, "__name__", "") not in STEPS or os.getpid() != me:
+        name = getattr(argument, "__name__", "")
+        if event != "c_call" or not began or name not in STEPS or os.getpid() != me:
             return
-        count += 1
-        os.write(trace, f"{argument.__name__}\n".encode())  # type: ignore[attr-defined]
-        if count == at:
+        counts[name] += 1
+        os.write(trace, f"{name}\n".encode())
+        if at in (counts.total(), [name, counts[name]]):
             os.kill(me, signal.SIGKILL)
 
     sys.setprofile(watch)

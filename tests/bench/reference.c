@@ -193,7 +193,7 @@ static const struct option long_options[] = {
     {"release", no_argument, NULL, 'l'},           {"options", no_argument, NULL, 'o'},
     {"move", no_argument, NULL, 'm'},              {"peers", no_argument, NULL, 'P'},
     {"batch", required_argument, NULL, 'b'},       {"paced", no_argument, NULL, 't'},
-    {NULL, 0, NULL, 0},
+    {"warm", required_argument, NULL, 'w'},        {NULL, 0, NULL, 0},
 };
 
 static void parse(int argc, char **argv) {
@@ -210,6 +210,7 @@ static void parse(int argc, char **argv) {
         case 'o': cfg.options = true; break;
         case 'm': cfg.move = true; break;
         case 'P': cfg.peers = true; break;
+        case 'w': cfg.warm = atoi(optarg); break;  /* rounds before each one that is timed */
         case 't': cfg.paced = true; break;  /* begin a round when a byte comes, say so when it is done */
         default: exit(2);
         }
@@ -219,7 +220,7 @@ static void parse(int argc, char **argv) {
     if (cfg.n < 1 || cfg.batch < 1 || cfg.rounds < 1 || (cfg.unacked && cfg.unsent) || (cfg.move && !once)) {
         fputs("usage: reference [--connections N] [--rounds K] [--batch B] [--receive BYTES]\n"
               "                 [--unacked BYTES | --unsent BYTES] [--no-probe] [--release] [--options] [--peers]\n"
-              "                 [--paced] [--move (one round, one batch)]\n",
+              "                 [--paced] [--warm ROUNDS] [--move (one round, one batch)]\n",
               stderr);
         exit(2);
     }
@@ -270,6 +271,8 @@ int main(int argc, char **argv) {
     for (int i = 0; i < cfg.rounds; i++) {
         char next;
         if (cfg.paced && read(STDIN_FILENO, &next, 1) != 1) die("nobody wants the next round");
+        struct cost untimed[PHASES] = {0};
+        for (int w = 0; w < cfg.warm; w++) run_round(untimed, room);
         run_round(round[i], room);
         if (cfg.paced) puts(""), fflush(stdout);
     }

@@ -40,7 +40,7 @@ struct record {
 };
 
 struct configuration {
-    int n, rounds, batch, receive, unacked, unsent;
+    int n, rounds, batch, warm, receive, unacked, unsent;
     bool move, no_probe, release, options, peers, paced;
 };
 

@@ -226,6 +226,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--paced", action="store_true", help="begin a round when a byte comes, say so when it is done")
+    parser.add_argument("--warm", type=int, default=0, metavar="ROUNDS", help="rounds before each one that is timed")
     for queue in ("--receive", "--unacked", "--unsent"):
         parser.add_argument(queue, type=int, default=0, metavar="BYTES")
     parser.add_argument("--options", choices=("none", "usual", "all"), default="none", help="what our ends have set")
@@ -244,6 +245,8 @@ def main() -> None:
     for _ in range(arguments.rounds):
         if arguments.paced and not sys.stdin.buffer.read(1):
             raise SystemExit("nobody wants the next round")
+        for _ in range(arguments.warm):
+            subject.run_round()
         rounds.append(subject.run_round())
         if arguments.paced:
             print(flush=True)
