@@ -192,13 +192,15 @@ void queue_data(size_t room) {
         MUST(ioctl(sock[i], LINUX_SIOCINQ, &queued));
     if (cfg.unacked) tell('d');
     if (cfg.unacked | cfg.unsent) fill_send_queues(cfg.unacked | cfg.unsent);
+    /* A timer may probe a shut window at any moment. No hold stands: an answer after the close would draw a RST. */
+    if (cfg.unsent) tell('d');
     if (queue_bytes()) usleep(QUIET);
 }
 
 /* Every connection delivers what was queued and one byte more, and the peer's answer arrives. */
 void check(void) {
     unsigned char *data = malloc(cfg.receive + 1);
-    if (cfg.unacked) tell('h');
+    if (cfg.unacked | cfg.unsent) tell('h');
     for (int i = 0; i < cfg.n; i++) {
         fill(data, port_of(i), streamed[i]++, 1);
         MUST(send(sock[i], data, 1, 0));

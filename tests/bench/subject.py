@@ -123,6 +123,8 @@ class Subject:
             self.peers.tell(b"d")
         if unacked or unsent:
             self._fill_send_queues(unacked or unsent)
+        if unsent:  # a timer may probe a shut window at any moment; no hold stands: an answer would draw a RST
+            self.peers.tell(b"d")
         if receive or unacked or unsent:
             time.sleep(QUIET)
 
@@ -168,7 +170,7 @@ class Subject:
 
     def check(self) -> None:
         """Every connection delivers what was queued and one byte more, and the peer's answer arrives."""
-        if self.arguments.unacked:
+        if self.arguments.unacked or self.arguments.unsent:
             self.peers.tell(b"h")
         for i, sock in enumerate(self.socks):
             sock.send(pattern(self.ports[i], self.streamed[i], 1))
