@@ -22,7 +22,7 @@ from migrate.kernel import batch, netns, option_values, options, sockopt, uring
 from migrate.kernel.batch import Batch
 from migrate.kernel.option_table import BY_NAME, OPTIONS, Phase
 from migrate.kernel.uring import Ring, Values, setsockopt
-from migrate.restore import Restored
+from migrate.restore import Restored, to_push
 from tests.fix_netns import LanFactory
 from tests.kernel.test_bulk import liven, pairs
 from tests.peers import connect
@@ -105,6 +105,27 @@ def test_what_may_leave_leaves_at_once(pairs: Pairs, way: str) -> None:
     assert all(received(far, 4) == b"left" for far, _ in pairs[::3])
     for sock in silent:
         sock.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "unsent", "window", "pushed"),
+    [
+        (0, 0, 9000, False),  # there is nothing
+        (0, 5000, 1448, True),  # a whole segment may leave
+        (0, 5000, 1447, False),  # only a part of one
+        (0, 100, 100, True),  # all of it
+        (0, 100, 99, False),
+        (1000, 100, 1100, True),  # behind what is in flight
+        (1000, 100, 1099, False),
+        (9000, 100, 500, False),  # the peer has shrunk its window
+    ],
+)
+def test_what_may_leave(pairs: Pairs, sent: int, unsent: int, window: int, pushed: bool) -> None:
+    """As the kernel judges it by the peer's window; a corked connection waits."""
+    (record,) = taken(pairs[:1])
+    record = msgspec.structs.replace(record, sent=bytes(sent), unsent=bytes(unsent), snd_wnd=window, mss=1448)
+    assert to_push(record) == pushed
+    assert not to_push(msgspec.structs.replace(record, options={"TCP_CORK": 1}))
 
 
 def test_options_of_many(lan: LanFactory, way: str) -> None:
