@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from migrate.kernel import option_values
+from migrate.kernel.option_table import OPTIONS, Kind, Phase
 from tests.bench.measure import ROOT, Contest, Report, narrate, paired
 
 KIB = 1024
@@ -68,15 +72,35 @@ def _queues(contest: Contest, report: Report, times: int, few: int, table: dict[
 
 
 def _options(contest: Contest, report: Report, times: int, few: int, table: dict[str, Any]) -> None:
-    """Eight that a server sets, and every option of the table at once, which no program sets."""
+    """Eight that a server sets, and every option of the table at once, which no program sets.
+
+    Beside them the setsockopt calls of the latter alone, in C: no program that makes them can be below that.
+    """
     narrate(f"{few} connections with options")
     words = {"none": "no option set", "usual": "eight options set", "all": "all options set"}
     work = {each: contest.subject(connections=few, options=each) for each in words}
-    figures = contest.alternate(times, work)
+    figures = contest.alternate(times, work | {"calls": contest.setter(_calls_of_all(), connections=few)})
+    none = figures["none"]["cpu"]
+    floor = 1 + paired(figures["calls"]["cpu"], none)
     for each in ("usual", "all"):
-        ratio = paired(figures[each]["cpu"], figures["none"]["cpu"])
-        report.number(f"{words[each]}, to none", ratio, 1.5, "x", spread=figures[each])
-    table |= {f"{words[each]}, Python": _row(one) for each, one in figures.items()}
+        ratios = {"nothing but the calls in C on top of none": round(floor, 3)} if each == "all" else {}
+        ratio = paired(figures[each]["cpu"], none)
+        report.number(f"{words[each]}, to none", ratio, 1.5, "x", ratios=ratios, spread=figures[each])
+    table |= {f"{words[each]}, Python": _row(figures[each]) for each in words}
+    table["all options, the setsockopt calls alone, C"] = _row(figures["calls"])
+
+
+def _calls_of_all() -> Iterator[tuple[int, int, bytes]]:
+    """What sets every option that a connection over IPv4 can have to the value that the bench gives it."""
+    for option in OPTIONS:
+        if not option.readable or option.family not in (0, 4) or option.phase is Phase.UNCONNECTED:
+            continue
+        if option.kind is Kind.FILTER:
+            assert isinstance(option.sample, bytes)
+            instructions = struct.iter_unpack("!HBBI", option.sample)
+            yield option.level, option.number, b"".join(struct.pack("=HBBI", *each) for each in instructions)
+        elif call := option_values.call(option, option.sample):
+            yield call
 
 
 def _scale(contest: Contest, report: Report, table: dict[str, Any]) -> None:

@@ -130,10 +130,12 @@ class Contest(AbstractContextManager["Contest"]):
     def __init__(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="tcpmig-bench-")
         self.program = Path(self._directory.name, "reference")
+        self._setter = Path(self._directory.name, "options")
 
     def __enter__(self) -> Self:
-        sources = [Path(__file__).with_name(name) for name in ("reference.c", "reference_scene.c")]
-        subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-o", self.program, *sources], check=True)
+        for program, names in ((self.program, ("reference.c", "reference_scene.c")), (self._setter, ("options.c",))):
+            sources = [Path(__file__).with_name(name) for name in names]
+            subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-o", program, *sources], check=True)
         return self
 
     def __exit__(
@@ -148,6 +150,11 @@ class Contest(AbstractContextManager["Contest"]):
     def subject(self, **arguments: int | str) -> Command:
         """The same in Python."""
         return _in_own_network("subject", "--reference", self.program, *_options(arguments))
+
+    def setter(self, calls: Iterable[tuple[int, int, bytes]], *, connections: int) -> Command:
+        """A program in C that makes these setsockopt calls on so many sockets, and nothing else."""
+        words = [f"{level}:{number}:{value.hex()}" for level, number, value in calls]
+        return ["unshare", "--net", self._setter, "--connections", connections, *words]
 
     def alternate(self, rounds: int, contestants: Mapping[str, Command]) -> dict[str, Any]:
         """Let the contestants take turns, round by round; of each, by figure, what `spread` says about its rounds.
