@@ -103,9 +103,9 @@ class Holds:
         """Keep these too: another host's hold has kept them."""
         self._hold.keep(packets)
 
-    def replay(self, tuples: Sequence[FourTuple]) -> int:
-        """Give what is kept to the sockets."""
-        return self._hold.replay(tuples)
+    def replay(self, batch: bytes, tuples: Sequence[FourTuple]) -> int:
+        """Give what is kept to the sockets, but for those that another batch has: it sends that on, or lets it wait."""
+        return self._hold.replay([each for each in tuples if self._batches.get(each, batch) == batch])
 
     def take(self, batch: bytes, tuples: Sequence[FourTuple]) -> tuple[bytes, ...]:
         """What has arrived for those of them that are the batch's."""

@@ -33,7 +33,7 @@ from migrate.sealed import Key
 __all__ = ["Journal"]
 
 _APPLICATION = 0x4943494A  # "ICIJ"
-_VERSION = 5
+_VERSION = 6
 _SCHEMA = """
 CREATE TABLE handoff(
     number INTEGER PRIMARY KEY AUTOINCREMENT, batch BLOB NOT NULL, role TEXT NOT NULL, state TEXT NOT NULL,
