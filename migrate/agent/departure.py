@@ -316,7 +316,7 @@ class Departures(Driver):
         super()._send(batch, command)
         if isinstance(command.message, Offer):
             batch.sending = True
-            self._send_on(batch)
+            self.host.engine.later(_GATHER, self.kept)  # what came meanwhile; first the offer
 
     def _send_kept(self, batch: Departure, command: do.SendKept) -> None:
         if not command.dial:

@@ -136,6 +136,8 @@ class Journal:
                 elif row.state == DestinationState.ACTIVE.name:
                     run.execute("DELETE FROM records WHERE number=?", (number,))
             undone.pop_all()
+            if found is None and row.role == DestinationHandoff.role:
+                self._key.prepare()  # nothing stands still yet
             if row.state == DestinationState.ACTIVE.name:
                 self._files.drop(number)
 
