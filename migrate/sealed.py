@@ -15,6 +15,7 @@ import io
 import os
 import re
 import struct
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, Self
 
@@ -44,6 +45,7 @@ _LAST = 1 << 31
 _TAG = 16
 _LABEL = b"tcpmig sealed records"
 _OFFSET_OF_CHECK = 24
+_READY = 4  # containers that are prepared, at most
 _DAMAGED = "the chunk was changed after it was written"
 
 
@@ -57,6 +59,7 @@ class Key:
         if len(secret) != KEY_LENGTH:
             raise UsageError(f"a key has {KEY_LENGTH} bytes, not {len(secret)}")
         self._secret, self._cipher, self._invalid = secret, AESGCM, InvalidTag
+        self._ready: deque[_Container] = deque()
 
     @classmethod
     def read(cls, path: str) -> Self:
@@ -102,13 +105,22 @@ class Key:
             raise from_oserror(f"making the key file {path!r}", error, hint="is its directory there?") from None
         return cls.read(path)
 
+    def prepare(self) -> None:
+        """Derive the key of a container now, so that the next `seal` is quicker; for a few of them at most."""
+        if len(self._ready) < _READY:
+            self._ready.append(_Container(self, os.urandom(16)))
+
     def seal(self, data: Buffer, context: bytes = b"") -> bytes:
         """A container of that data. Whoever opens it must give the same ``context``: whose row it is, for one."""
         return b"".join(self.seal_parts([data], context))
 
     def seal_parts(self, parts: Iterable[Buffer], context: bytes = b"") -> Iterator[bytes]:
         """The same for data in parts, a piece at a time, so that no memory is needed for all of it."""
-        container = _Container(self, os.urandom(16), context)
+        try:
+            container = self._ready.popleft()
+        except IndexError:
+            container = _Container(self, os.urandom(16))
+        container.context = context
         yield container.header
         last = memoryview(b"")
         for part in parts:
@@ -136,20 +148,20 @@ class Key:
 class _Container:
     """The cipher of one container and how far it has come."""
 
-    def __init__(self, key: Key, salt: bytes, context: bytes) -> None:
+    def __init__(self, key: Key, salt: bytes, context: bytes = b"") -> None:
         derived = key._derived(salt)
         self.header = _HEADER.pack(MAGIC, _VERSION, bytes(3), salt, derived[KEY_LENGTH:])
         self._cipher, self._invalid = key._cipher(derived[:KEY_LENGTH]), key._invalid
-        self._associated, self._count = self.header + context, 0
+        self.context, self._count = context, 0
 
     def seal(self, plain: Buffer, last: bool) -> bytes:
         length = _LENGTH.pack(len(plain) | (_LAST if last else 0))
-        return length + self._cipher.encrypt(self._nonce(last), plain, self._associated)
+        return length + self._cipher.encrypt(self._nonce(last), plain, self.header + self.context)
 
     def open(self, sealed: Buffer, last: bool) -> bytes | None:
         """None if it was tampered with."""
         try:
-            return self._cipher.decrypt(self._nonce(last), sealed, self._associated)
+            return self._cipher.decrypt(self._nonce(last), sealed, self.header + self.context)
         except self._invalid:
             return None
 

@@ -2,7 +2,7 @@
 
 A script says what to do when an agent stands still at a crash point of the tables (docs/handoff.md)::
 
-    {"destination:COMMITTED:RELEASED:Replay": "kill, until source:RELEASED:LINK_LOST, start"}
+    {"destination:ACTIVE:RELEASED:Replay": "kill, until source:RELEASED:LINK_LOST, start"}
 
 Its words are the ``_verb`` methods of `Bench`: what they do, they do to the agent that stands there, or to the other.
 """

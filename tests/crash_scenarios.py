@@ -12,11 +12,12 @@ __all__ = ["SCENARIOS", "UNREACHABLE"]
 CHECK = "destination:ABSENT:PREPARE:Check"
 FREEZE = "source:PREPARING:PREPARED:Freeze"
 OFFER = "source:FREEZING:FROZEN:Offer"
-RESTORE = "destination:PREPARED:OFFER:WriteJournal"
+RESTORE = "destination:PREPARED:OFFER:RestoreSilent"
 CLAIM = "destination:RESTORING:RESTORED:Claim"
 CLAIMED = "destination:COMMITTING:WON:Committed"
 RELEASE = "source:OFFERED:COMMITTED:WriteJournal"
-REPLAY = "destination:COMMITTED:RELEASED:Replay"
+ACTIVE = "destination:COMMITTING:WON"
+HEARD = "destination:ACTIVE:RELEASED:Replay"
 FORGET = "source:RELEASED:ACTIVATED:Forget"
 LINGER = "source:RELEASED:ACTIVATED:StartTimer"
 
@@ -48,16 +49,17 @@ SCENARIOS = [
     Scenario(
         "dies there in doubt", {RESTORE: "until source:OFFERED:TIMEOUT, kill, until source:DOUBT:LINK_LOST, start"}
     ),
-    Scenario("RESTORING cannot be written", {RESTORE: "fail"}),
+    Scenario("cannot rebuild there", {RESTORE: "fail"}),
     Scenario("none can be rebuilt", {RESTORE: "occupy all, go, until destination:RESTORING:RESTORED_NONE, vacate"}),
     Scenario("one cannot be rebuilt", {RESTORE: "occupy one, go, until destination:RESTORING:RESTORED, vacate"}),
-    Scenario("dies RESTORING", {"destination:PREPARED:OFFER:RestoreSilent": "kill, start"}),
+    Scenario("dies RESTORING", {"destination:PREPARED:OFFER": "kill, start"}),
     Scenario(
         "gone before it commits",
         {RESTORE: "kill, until source:OFFERED:LINK_LOST, settle here, until source:DOUBT:RESOLVED_HERE, start"},
     ),
     # It decides.
     Scenario("slow to claim", {CLAIM: "until source:OFFERED:TIMEOUT, go"}),
+    Scenario("segments come while it claims", {CLAIM: "pause 0.5, go"}),
     Scenario("COMMITTING cannot be written", {"destination:RESTORING:RESTORED:WriteJournal": "fail"}),
     Scenario("dies COMMITTING", {CLAIM: "kill, start, until source:DOUBT:COMMITTED"}),
     Scenario("dies when it has claimed", {"destination:RESTORING:RESTORED": "kill, start"}, registry=True),
@@ -66,8 +68,11 @@ SCENARIOS = [
         {CLAIMED: "kill, until source:OFFERED:LINK_LOST, settle there, until source:DOUBT:RESOLVED_THERE, start"},
     ),
     Scenario(
-        "dies COMMITTED", {"destination:COMMITTING:WON:Adopt": "kill, start, until destination:COMMITTED:RESTARTED"}
+        "dies before it adopts",
+        {"destination:COMMITTING:WON:Adopt": "kill, start, until destination:COMMITTING:RESTARTED"},
     ),
+    Scenario("dies before it activates", {"destination:COMMITTING:WON:Activate": "kill, start"}),
+    Scenario("dies before it writes that they are active", {"destination:COMMITTING:WON:WriteJournal": "kill, start"}),
     Scenario(
         "the source claims", {CLAIM: "until source:DOUBT:EXHAUSTED, until source:CLAIMING:WON, go"}, registry=True
     ),
@@ -125,52 +130,42 @@ SCENARIOS = [
         claims_stay=True,
     ),
     # The destination has committed.
-    Scenario("slow to release", {RELEASE: "until destination:COMMITTED:TIMEOUT, go"}),
-    Scenario("dies before it releases", {RELEASE: "kill, start, until destination:ACTIVE:QUERY"}),
+    Scenario("slow to release", {RELEASE: "pause 1, go"}),
     Scenario(
-        "dies when they are ACTIVE",
-        {RELEASE: "until destination:COMMITTED:TIMEOUT, kill, until destination:ACTIVE:LINK_LOST, start"},
+        "dies before it releases",
+        {RELEASE: "kill, until destination:ACTIVE:LINK_LOST, start, until destination:ACTIVE:QUERY"},
     ),
-    Scenario(
-        "dies ACTIVE there",
-        {
-            RELEASE: "until destination:ACTIVE:RESTARTED, go",
-            "destination:COMMITTED:TIMEOUT": "kill, start",
-        },
-    ),
+    Scenario("dies ACTIVE there", {RELEASE: "until destination:ACTIVE:RESTARTED, go", ACTIVE: "kill, start"}),
     Scenario("RELEASED cannot be written", {RELEASE: "fail"}),
     Scenario("dies RELEASED", {"source:OFFERED:COMMITTED": "kill, start, until source:RELEASED:RESTARTED"}),
     Scenario(
         "gone RELEASED",
         {
-            "source:OFFERED:COMMITTED:SendKept": "kill, until destination:COMMITTED:LINK_LOST, "
+            "source:OFFERED:COMMITTED:SendKept": "kill, until destination:ACTIVE:LINK_LOST, "
             "settle there destination, until destination:ACTIVE:RESOLVED, start"
         },
     ),
     Scenario(
         "gone before it releases, and settled there",
         {
-            RELEASE: "kill, until destination:COMMITTED:LINK_LOST, settle there destination, "
+            RELEASE: "kill, until destination:ACTIVE:LINK_LOST, settle there destination, "
             "until destination:ACTIVE:RESOLVED, start, until destination:ABSENT:QUERY_AGAIN"
         },
     ),
-    Scenario("slow to activate", {REPLAY: "until source:RELEASED:TIMEOUT, go"}),
-    Scenario("stopped RELEASED", {REPLAY: "abort, until source:RELEASED:CANCEL, go"}),
-    Scenario("dies before it activates", {REPLAY: "kill, start"}),
+    Scenario("slow to forget", {HEARD: "until source:RELEASED:TIMEOUT, go"}),
+    Scenario("stopped RELEASED", {HEARD: "abort, until source:RELEASED:CANCEL, go"}),
+    Scenario("dies before it has forgotten", {HEARD: "kill, start"}),
     Scenario(
-        "dies SERVING", {"destination:COMMITTED:RELEASED:LiftHold": "kill, start, until destination:SERVING:RESTARTED"}
-    ),
-    Scenario(
-        "gone before it says that they run",
+        "gone before it says that it has forgotten",
         {
-            "destination:COMMITTED:RELEASED:Activated": "kill, until source:RELEASED:LINK_LOST, settle there, "
+            "destination:ACTIVE:RELEASED:Activated": "kill, until source:RELEASED:LINK_LOST, settle there, "
             "until source:RELEASED:RESOLVED_THERE, start"
         },
     ),
     # They run there.
     Scenario(
         "late segments",
-        {RELEASE: "pin, go, until destination:SERVING:RELEASED, unpin, until source:LINGERING:ACTIVATED"},
+        {RELEASE: "pin, go, until destination:SERVING:KEPT, unpin"},
     ),
     Scenario("dies LINGERING", {"source:RELEASED:ACTIVATED": "kill, until destination:SERVING:LINK_LOST, start"}),
     Scenario(
@@ -192,6 +187,7 @@ UNREACHABLE: Mapping[str, str] = {
             "destination:CHECKING:ABORT",
             "destination:CHECKING:LINK_LOST",
             "destination:RESTORING:QUERY",
+            "destination:RESTORING:KEPT",
             "destination:RESTORING:LINK_LOST",
         ],
         _AT_ONCE,

@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 from migrate.handoff import commands as do
 from migrate.handoff import events as on
+from migrate.handoff import messages as say
 from tests.handoff_effects import carry_out, ways
-from tests.handoff_world import DECIDED, SIDES, Violation, World
+from tests.handoff_world import BATCH, DECIDED, SIDES, Violation, World
 
+SENDING_ON = ("OFFERED", "DOUBT", "CLAIMING", "RELEASED", "LINGERING")
 SLOW = (do.Check, do.Freeze, do.RestoreSilent, do.Claim)  # other events may come before they end
 
 
@@ -49,6 +51,7 @@ def _moves(world: World) -> Iterator[Move]:
         yield from _timer(world, side)
         yield from _life(world, side)
     yield from _network(world)
+    yield from _segments(world)
     yield from _people(world)
 
 
@@ -129,6 +132,20 @@ def _network(world: World) -> Iterator[Move]:
             after.spend("cuts")
             after.replace(i, stream._replace(broken=True))
             yield Move("cut", False, after)
+
+
+def _segments(world: World) -> Iterator[Move]:
+    # The source's driver sends on what its hold keeps, from the offer on; no machine is asked.
+    host = world.source
+    machine = host.machine
+    if not (world.faults.kept and host.up and machine is not None and host.held and host.stream is not None):
+        return
+    offering = any(isinstance(each, do.Send) for step in host.steps for each in step.commands)
+    if machine.state.name in SENDING_ON and not (machine.state.name == "OFFERED" and offering):
+        after = world.copy()
+        after.spend("kept")
+        after.send("source", say.Kept(batch=BATCH, kept=()))
+        yield Move("source: sends on", False, after)
 
 
 def _people(world: World) -> Iterator[Move]:

@@ -22,7 +22,7 @@ from migrate.handoff.source import SourceHandoff
 BATCH = b"batch"
 TIMES = Times(asks=1)
 SIDES = ("source", "destination")
-DECIDED = ("COMMITTING", "COMMITTED", "ACTIVE", "SERVING")  # rows of the destination that are followed by no other end
+DECIDED = ("COMMITTING", "ACTIVE")  # rows of the destination that are followed by no other end
 
 
 LETTERS = {
@@ -52,6 +52,7 @@ class Faults(NamedTuple):
     outages: int = 0  # of the registry, before or after it did what it was asked
     refusals: int = 0  # connections that cannot be taken, frozen or rebuilt
     closes: int = 0  # connections that end by themselves, after they were moved
+    kept: int = 0  # segments that come to the source's hold, and are sent on
     returns: int = 0  # of a host that was gone for good, when an operator has spoken in its place
 
 

@@ -24,7 +24,7 @@ from tests.fix_netns import Host
 
 __all__ = ["FOREVER", "TIMES", "QuickAgents"]
 
-TIMES = machine.Times(prepare=2.0, patience=2.5, answer=2.0, ask=0.4, asks=3, kept=0.25, linger=0.5)
+TIMES = machine.Times(prepare=2.0, patience=2.5, answer=2.0, ask=0.4, asks=3, linger=0.5)
 KEEPALIVE = 4.0
 FOREVER = 2 * KEEPALIVE + 3.0  # seconds: beyond every time-out of these agents
 ROOT = Path(__file__).parents[1]

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import socket
 from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from migrate.adopt.relay import RelayAdopter
@@ -24,6 +25,7 @@ __all__ = ["Adopters", "Rule", "open_gate", "parse_rule", "speaks"]
 
 _log = get_logger(__name__)
 
+_OFFERS = 16  # batches that are offered to applications side by side
 _HINT = "write LOCAL=HOW, LOCAL an ADDR:PORT or *, HOW child:CMD, systemd:CMD, unix:PATH, relay:HOST:PORT or hold"
 
 
@@ -59,6 +61,8 @@ class Adopters:
 
     def __init__(self, rules: Sequence[Rule], spawner: Spawner, users: Collection[int] = ()) -> None:
         self.users = users
+        # A thread that is there is quicker than one that must be made.
+        self.offering = ThreadPoolExecutor(_OFFERS, thread_name_prefix="offer")
         self._rules = sorted(rules, key=lambda rule: (rule.local is None, bool(rule.local and rule.local[1] is None)))
         self._spawner = spawner
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -141,7 +140,7 @@ def offer(
         taken, refused = _offer(adopters, sockets)
         engine.call(partial(answered, taken, refused))
 
-    threading.Thread(target=work, name="offer", daemon=True).start()
+    adopters.offering.submit(work)
 
 
 def _offer(

@@ -18,6 +18,7 @@ from migrate.agent.applications import offer
 from migrate.agent.caller import CALLER, Giver
 from migrate.agent.driver import Driver, Handoff, Host, tuples_of
 from migrate.agent.engine import Again, Batch, Later, Stream
+from migrate.agent.kept import EARLY
 from migrate.agent.logging import get_logger
 from migrate.agent.steering import address_of
 from migrate.errors import Conflict, Error, HostError, RecordError, RemoteError
@@ -55,6 +56,8 @@ class Arrival(Handoff):
         self.offers: dict[FourTuple, AppAdoption] = {}  # what applications took
         self.offering = False  # beside the commands, after a restart
         self.cookies: dict[int, bytes] = {}
+        self.kept: list[bytes] = []  # by the source's hold, for sockets that are not active yet
+        self.room = EARLY
         self.active = False
 
 
@@ -91,6 +94,7 @@ class Arrivals(Driver):
         """A batch of an earlier agent."""
         batch = self.batches[row.peer, row.batch] = Arrival(DestinationHandoff.recover(row, self.host.times), self)
         batch.source = row.source
+        batch.active = row.state == "ACTIVE"
         self.host.metrics.batches("destination", 1)
         self.host.holds.claim(row.batch, tuples_of(row.connections))
         if row.peer == CALLER:
@@ -149,7 +153,7 @@ class Arrivals(Driver):
                 continue
             if machine.state.name == "COMMITTING":
                 raise RemoteError("it is being decided at this moment", hint="ask again")
-            if machine.state.name in ("COMMITTED", "ACTIVE", "SERVING", "DONE"):
+            if machine.state.name in ("ACTIVE", "SERVING", "DONE"):
                 return id_ not in machine.refused
             self.host.engine.give(batch, Query(batch=machine.batch, connections=machine.connections))
             return False
@@ -312,11 +316,15 @@ class Arrivals(Driver):
     def _replay(self, batch: Arrival, command: do.Replay) -> None:
         theirs = set(tuples_of(command.connections))
         packets = [packet for packet in command.kept if _about(packet) in theirs]
-        # A socket that is not active yet would acknowledge what a crash makes it forget: they wait for Activate.
-        self.host.holds.keep(packets)
         self.host.metrics.kept_packets("destination", len(packets))
-        if batch.active and packets:
-            self.host.holds.replay(list(theirs))
+        if batch.active:
+            self.host.holds.keep(packets)
+            self.host.holds.replay(batch.machine.batch, list(theirs))
+            return
+        # A socket that is not active yet would acknowledge what a crash makes it forget: they wait for Activate.
+        batch.room -= sum(map(len, packets))
+        if batch.room >= 0:
+            batch.kept += packets
 
     def _activate(self, batch: Arrival, command: do.Activate) -> None:
         tuples = tuples_of(command.connections)
@@ -326,8 +334,10 @@ class Arrivals(Driver):
             if error is not None:
                 _log.warning("activation failed", connection=each, why=str(error))
         batch.active = True
+        self.host.holds.keep(batch.kept)
+        batch.kept.clear()
         try:
-            self.host.holds.replay(tuples)
+            self.host.holds.replay(batch.machine.batch, tuples)
         except HostError as error:
             _log.warning("replay failed", why=str(error))
         for gate in batch.gates:

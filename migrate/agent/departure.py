@@ -17,9 +17,10 @@ from migrate.agent.caller import CALLER, HOLD, Taker
 from migrate.agent.driver import Driver, Handoff, Host, tuples_of
 from migrate.agent.engine import Again, Batch, Later
 from migrate.agent.holds import FromAnotherThread
+from migrate.agent.kept import SentOn, readdressed
 from migrate.agent.logging import get_logger
 from migrate.agent.metrics import Phase
-from migrate.agent.steering import address_of
+from migrate.agent.steering import address_of, sharing
 from migrate.bulk import dump_many, release_many
 from migrate.checkpoint import thaw
 from migrate.errors import Error, Gone, HostError, RemoteError
@@ -27,10 +28,10 @@ from migrate.fourtuple import FourTuple
 from migrate.handoff import commands as do
 from migrate.handoff.events import Event, Frozen, Restarted, Start
 from migrate.handoff.ids import Connection
-from migrate.handoff.messages import Message, Offer, Released
+from migrate.handoff.messages import Committed, Kept, Message, Offer, Released
 from migrate.handoff.source import SourceHandoff
 from migrate.ici import Ici
-from migrate.kernel import segment, sockopt
+from migrate.kernel import sockopt
 from migrate.kernel.diag import SockDiag
 from migrate.kernel.pidfd import owners_of
 from migrate.kernel.priority import undisturbed
@@ -45,6 +46,7 @@ BUSY = "another caller moves it at this moment"
 """Why a connection is left to that caller."""
 
 _GIVEN = ("RELEASED", "LINGERING", "MOVED")
+_GATHER = 0.001  # seconds in which what arrives is gathered, once something was sent on
 _SETTLED = ("LINGERING", "MOVED", "SETTLING", "STAYED")  # the connection is not this batch's any more
 
 _log = get_logger(__name__)
@@ -84,6 +86,7 @@ class Departure(Handoff):
         self._since = time.monotonic_ns()
         self.record_bytes = 0
         self.sending = False  # what the hold keeps goes to the destination as it comes
+        self.sent = SentOn()
 
     def passed(self, phase: Phase) -> None:
         """That phase ends now; it began when the one before it ended."""
@@ -105,11 +108,13 @@ class Departures(Driver):
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)
+        self._gathering = False
         self.handlers |= {
             do.LiftHold: self._lift_hold,
             do.Freeze: self._freeze,
             do.Thaw: self._thaw,
             do.Release: self._release,
+            do.Send: self._send,
             do.SendKept: self._send_kept,
             do.Ask: self._ask,
             do.Steer: self._steer,
@@ -173,13 +178,20 @@ class Departures(Driver):
         batch = self.batches.get(message.batch)
         if batch is not None and batch.machine.peer == peer:
             batch.stream = stream  # type: ignore[assignment]
+            if isinstance(message, Committed) and not batch.active_at:
+                batch.active_at = time.monotonic_ns()
             self.host.engine.give(batch, message)
 
     def kept(self) -> None:
         """Segments may have come for batches that send them on."""
-        for batch in self.batches.values():
-            if batch.sending and batch.stream is not None:
-                self._send_on(batch)
+        if not self._gathering:
+            for batch in self.batches.values():
+                if batch.sending:
+                    self._send_on(batch)
+
+    def _gathered(self) -> None:
+        self._gathering = False
+        self.kept()
 
     def ended(self, batch: Batch) -> None:
         """See `engine.Performer`."""
@@ -276,15 +288,17 @@ class Departures(Driver):
         engine.call(go_on)
 
     def _thaw(self, batch: Departure, command: do.Thaw) -> None:
-        for connection in command.connections:
-            sock = batch.sockets.pop(connection.four_tuple, None)
+        tuples = tuples_of(command.connections)
+        for each in tuples:
+            sock = batch.sockets.pop(each, None)
             if sock is not None:
                 with sock, contextlib.suppress(Error, OSError):
                     if sockopt.in_repair(sock):
-                        thaw(sock, batch.frozen.pop(connection.four_tuple, None))
-        self.host.holds.lift(batch.machine.batch, tuples_of(command.connections))
+                        thaw(sock, batch.frozen.pop(each, None))
+        self.host.holds.keep(batch.sent.take(set(tuples)))
+        self.host.holds.lift(batch.machine.batch, tuples)
         if batch.loan is not None:
-            batch.loan.keep(tuples_of(command.connections))
+            batch.loan.keep(tuples)
 
     def _release(self, batch: Departure, command: do.Release) -> None:
         batch.passed("transfer")
@@ -298,36 +312,39 @@ class Departures(Driver):
         if batch.loan is not None:
             batch.loan.gone(tuples_of(command.connections))
 
-    def _send_kept(self, batch: Departure, command: do.SendKept) -> None:
-        if batch.stream is None and command.dial:
-            batch.stream = self.host.dial(batch.machine.peer)
-        if command.dial:
-            kept = self._kept(batch, command.connections)
-            if batch.stream is not None:
-                batch.stream.send(Released(batch=batch.machine.batch, kept=kept))
+    def _send(self, batch: Departure, command: do.Send) -> None:  # type: ignore[override]
+        super()._send(batch, command)
+        if isinstance(command.message, Offer):
             batch.sending = True
-            batch.passed("release")
-            self.host.metrics.kept_packets("source", len(kept))
-        elif batch.stream is not None:
+            self.host.engine.later(_GATHER, self.kept)  # what came meanwhile; first the offer
+
+    def _send_kept(self, batch: Departure, command: do.SendKept) -> None:
+        if not command.dial:
             self._send_on(batch)
+            return
+        if batch.stream is None:
+            batch.stream = self.host.dial(batch.machine.peer)
+        batch.stream.send(Released(batch=batch.machine.batch, kept=self._kept(batch, command.connections)))
+        batch.sending = True
+        batch.sent.clear()
+        batch.passed("release")
 
     def _send_on(self, batch: Departure) -> None:
-        kept = self._kept(batch, batch.machine.moving)
-        if kept and batch.stream is not None:
-            batch.stream.send(Released(batch=batch.machine.batch, kept=kept))
+        released = batch.machine.state.name in _GIVEN
+        if batch.stream is None or (batch.sent.full and not released):
+            return  # it stays in the hold
+        kept = self._kept(batch, batch.machine.moving, copy=not released)
+        if kept:
+            batch.stream.send(Kept(batch=batch.machine.batch, kept=kept))
+            self._gathering = True
+            self.host.engine.later(_GATHER, self._gathered)
 
-    def _kept(self, batch: Departure, connections: Sequence[Connection]) -> tuple[bytes, ...]:
-        """What the hold has kept for them, addressed as the destination names them."""
+    def _kept(self, batch: Departure, connections: Sequence[Connection], *, copy: bool = False) -> tuple[bytes, ...]:
         packets = self.host.holds.take(batch.machine.batch, tuples_of(connections))
-        there = {each.four_tuple: each.there for each in connections if each.there is not None}
-        if not packets or not there:
-            return packets
-        readdressed = []
-        for packet in packets:
-            with contextlib.suppress(Error):  # damaged: the peer repeats it
-                new = there.get(segment.four_tuple(packet))
-                readdressed.append(packet if new is None else segment.readdressed(packet, new))
-        return tuple(readdressed)
+        self.host.metrics.kept_packets("source", len(packets))
+        if copy:
+            batch.sent.add(packets)
+        return readdressed(packets, connections)
 
     def _lift_hold(self, batch: Batch, command: do.LiftHold) -> None:
         self.host.holds.drop(batch.machine.batch, tuples_of(command.connections))  # they live elsewhere
@@ -348,15 +365,14 @@ class Departures(Driver):
                 raise
             owner = b""
         if command.steer.startswith("vip:"):
-            staying = {each.local for each in _living(gone)} if batch.machine.refused else set()
+            staying = {each.local for each in sharing(gone)} if batch.machine.refused else set()
             self.host.carrier.also(staying)
         self.host.steerer.give(command.steer, gone, owner, self.steered(batch))
         return None
 
     def _report(self, batch: Departure, command: do.Report) -> None:
-        batch.active_at = time.monotonic_ns()
+        batch.active_at = batch.active_at or time.monotonic_ns()
         if command.outcome == "moved":
-            batch.passed("activate")
             for phase, _, length in batch.phases:
                 self.host.metrics.phase("source", phase, length / 1e9)
         if command.outcome == "moved" and batch.frozen_at:
@@ -365,13 +381,6 @@ class Departures(Driver):
         self.host.metrics.connections("source", "gone", len(batch.gone))
         self.host.metrics.connections("source", "moved", len(batch.machine.connections) - len(command.refused))
         batch.report(batch, command.outcome, command.refused)
-
-
-def _living(gone: Sequence[FourTuple]) -> list[FourTuple]:
-    """Connections here with the local addresses of those that are gone."""
-    addresses = {each.local for each in gone}
-    with SockDiag() as diag:
-        return [each.four_tuple for each in diag.list_connections() if each.four_tuple.local in addresses]
 
 
 def _find(batch: Departure, connections: Sequence[Connection]) -> None:

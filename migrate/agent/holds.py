@@ -27,21 +27,37 @@ LONGEST = 86400.0
 _FOREVER = 30 * 86400.0  # seconds: what is held is in the journal, and the next agent goes on with it
 
 
+class _Hold(Hold):
+    """One that tells when something was collected, by whatever call: then its descriptor does not tell it any more."""
+
+    arrived: Callable[[], None] = staticmethod(lambda: None)
+
+    def collect(self) -> int:
+        count = super().collect()
+        if count:
+            self.arrived()
+        return count
+
+
 class Holds:
     """Not for several threads."""
 
     def __init__(self, name: str) -> None:
         """Go on with the hold of that name, or make one."""
         try:
-            self._hold = Hold.adopt(name, timeout=_FOREVER)
+            self._hold = _Hold.adopt(name, timeout=_FOREVER)
         except NotFound:
-            self._hold = Hold(name=name, timeout=_FOREVER)
+            self._hold = _Hold(name=name, timeout=_FOREVER)
         self._batches: dict[FourTuple, bytes] = {}
         self._expiring: set[FourTuple] = set()  # nobody's
 
     def fileno(self) -> int:
         """Readable when segments wait to be collected."""
         return self._hold.fileno()
+
+    def tell(self, arrived: Callable[[], None]) -> None:
+        """Have ``arrived`` called when something was kept. It must not use the hold, but have that done soon."""
+        self._hold.arrived = arrived
 
     def collect(self) -> None:
         """Keep what has arrived, if it is for a batch."""
@@ -102,10 +118,11 @@ class Holds:
     def keep(self, packets: Iterable[bytes]) -> None:
         """Keep these too: another host's hold has kept them."""
         self._hold.keep(packets)
+        self._hold.arrived()  # they may be for a batch that sends on
 
-    def replay(self, tuples: Sequence[FourTuple]) -> int:
-        """Give what is kept to the sockets."""
-        return self._hold.replay(tuples)
+    def replay(self, batch: bytes, tuples: Sequence[FourTuple]) -> int:
+        """Give what is kept to the sockets, but for those that another batch has: it sends that on, or lets it wait."""
+        return self._hold.replay([each for each in tuples if self._batches.get(each, batch) == batch])
 
     def take(self, batch: bytes, tuples: Sequence[FourTuple]) -> tuple[bytes, ...]:
         """What has arrived for those of them that are the batch's."""

@@ -22,11 +22,12 @@ from migrate.agent.v1 import handoff_pb2 as pb
 from migrate.agent.v1 import handoff_pb2_grpc
 from migrate.agent.wire import VERSION, Assembler, negotiate, pack_tuples, requests_of, response_of
 from migrate.fourtuple import FourTuple
-from migrate.handoff.messages import Message, Prepare, Prepared
+from migrate.handoff.messages import Kept, Message, Prepare, Prepared
 
 __all__ = ["InLink", "Links", "OutLink", "hello", "open_channel"]
 
 _ANSWERED = 5.0  # seconds for an agent to do what it is asked outside of a handoff
+_KEPT = "kept"  # the capability of a destination that takes Kept
 _PAUSE = 0.5  # seconds between two attempts to reach an agent that could not be reached
 
 _log = get_logger(__name__)
@@ -36,7 +37,9 @@ Call = grpc.aio.StreamStreamCall[pb.TransferRequest, pb.TransferResponse]
 
 def hello(host: str) -> pb.Hello:
     """How this agent introduces itself; ``host`` is the identity of its journal."""
-    return pb.Hello(oldest_version=VERSION, newest_version=VERSION, host=host, software=__version__)
+    return pb.Hello(
+        oldest_version=VERSION, newest_version=VERSION, host=host, software=__version__, capabilities=[_KEPT]
+    )
 
 
 def open_channel(agent: str, tls: Path | None) -> grpc.aio.Channel:
@@ -90,6 +93,8 @@ class InLink(_Link):
 class OutLink(_Link):
     """To a destination. ``peer`` is "HOST:PORT" or "unix:PATH"."""
 
+    takes_kept = False  # as far as is known
+
     async def run(self, channel: grpc.aio.Channel, host: str, answered: Callable[[OutLink, Message], None]) -> None:
         """Speak until the stream ends. Raises Error if that was not by our own will."""
         call: Call = handoff_pb2_grpc.HandoffStub(channel).Transfer()
@@ -100,6 +105,7 @@ class OutLink(_Link):
             async for response in call:
                 if not greeted:
                     negotiate(response.hello)
+                    self.takes_kept = _KEPT in response.hello.capabilities
                     greeted = True
                 else:
                     answered(self, assembler.response(response))
@@ -117,6 +123,8 @@ class OutLink(_Link):
         try:
             await call.write(pb.TransferRequest(hello=hello(host)))
             async for message in self._queued():
+                if isinstance(message, Kept) and not self.takes_kept:
+                    continue  # the peer repeats it
                 for request in requests_of(message):
                     await call.write(request)
             await call.done_writing()

@@ -164,10 +164,6 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
         if settings.metrics is not None:
             opened.enter_context(metrics.served(settings.metrics))
 
-        def arrived() -> None:
-            holds.collect()
-            departures.kept()
-
         def sweep() -> None:
             steerer.sweep()
             engine.later(_SWEEP, sweep)
@@ -178,7 +174,8 @@ async def _serve(settings: Settings, spawner: Spawner) -> None:
                 forget_old(host)
             engine.later(_FORGET if idle else _BUSY, forget)
 
-        engine.watch(holds.fileno(), arrived)
+        holds.tell(lambda: engine.call(departures.kept))
+        engine.watch(holds.fileno(), holds.collect)
         engine.call(bulk.prepare)
         engine.call(partial(recover, host, departures, arrivals))
         engine.call(sweep)

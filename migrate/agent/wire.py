@@ -1,7 +1,7 @@
 """Handoff messages as they stand in proto/tcpmig/v1/handoff.proto, and back: nothing believed before it is checked.
 
 A machine of migrate/handoff sees whole messages. On the wire a batch's connections are packed arrays, and what may be
-large, the records of an Offer and the packets of a Released, is cut into pieces.
+large, the records of an Offer and the packets of a Kept or a Released, is cut into pieces.
 """
 
 from __future__ import annotations
@@ -101,6 +101,9 @@ def requests_of(message: messages.Message) -> Iterator[pb.TransferRequest]:
             yield pb.TransferRequest(abort=pb.AbortBatch(batch=batch))
         case messages.Query():
             yield pb.TransferRequest(query=pb.Query(batch=batch, connections=_list_of(message.connections)))
+        case messages.Kept():
+            for piece in _pieces(message.kept):
+                yield pb.TransferRequest(kept=pb.Kept(batch=batch, kept=piece))
         case messages.Released():
             for piece in _pieces(message.kept):
                 yield pb.TransferRequest(released=pb.Released(batch=batch, kept=piece))
@@ -147,6 +150,10 @@ class Assembler:
             case "query":
                 query = request.query
                 return messages.Query(batch=self._batch(query.batch), connections=self._connections(query.connections))
+            case "kept":
+                batch = self._batch(request.kept.batch)
+                strings = self._add("Kept", batch, request.kept.kept)
+                return messages.Kept(batch=batch, kept=strings.split()) if strings else None
             case "released":
                 batch = self._batch(request.released.batch)
                 strings = self._add("Released", batch, request.released.kept)

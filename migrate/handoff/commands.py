@@ -121,7 +121,7 @@ class Steer(OnConnections, frozen=True):
 
 
 class Send(Command, frozen=True):
-    """Send on the batch's stream; without one, drop it."""
+    """Send on the batch's stream; without one, drop it. After an Offer send on what the hold keeps, as it comes."""
 
     message: Message
 
@@ -154,7 +154,7 @@ class Ask(Command, frozen=True):
 
 
 class Thaw(OnConnections, frozen=True):
-    """Let each run on here: leave repair mode, replay what was kept, end the hold. Frozen or not."""
+    """Let each run on here: leave repair mode, replay what was kept, sent on or not, end the hold. Frozen or not."""
 
 
 class Release(OnConnections, frozen=True):
@@ -162,7 +162,7 @@ class Release(OnConnections, frozen=True):
 
 
 class SendKept(OnConnections, frozen=True):
-    """Send Released with what the hold has kept; until LiftHold go on so with what it keeps, as it arrives."""
+    """Send Released with what the hold still keeps; until LiftHold send on what else it keeps, as it comes."""
 
     batch: bytes
     dial: bool
@@ -194,7 +194,7 @@ class Discard(OnConnections, frozen=True):
 
 
 class Replay(OnConnections, frozen=True):
-    """Give these packets to the sockets here, through the hold."""
+    """Give these packets to the sockets here, through the hold, as soon as they may speak."""
 
     kept: tuple[bytes, ...]
 

@@ -1,7 +1,7 @@
 """The destination's side of a handoff: the machine that takes connections in, and decides.
 
-Its law: COMMITTING stands in the journal, with the records, before it claims; what it has claimed it rebuilds, come
-what may; what it has not claimed it never will, once it has said Discarded.
+Its law: COMMITTING stands in the journal, with the records, before it claims; what it has claimed it lets run, come
+what may, and rebuilds it for that; what it has not claimed it never will, once it has said Discarded.
 
 Only the table, what an event means in it, and how its commands are made may live here. Why: docs/handoff.md.
 """
@@ -30,8 +30,7 @@ class DestinationState(enum.Enum):
     PREPARED = "held, waiting for the records"
     RESTORING = "silent sockets are being built"
     COMMITTING = "silent sockets stand; the claim is being made"
-    COMMITTED = "owned; waiting for what the source has kept"
-    ACTIVE = "they run here; the source has yet to say that it let go"
+    ACTIVE = "owned, and made to run; the source has yet to say that it let go"
     SERVING = "they run here and the source knows; late segments are still taken"
     DONE = "over: they live here"
     DISCARDED = "over: they do not, and never will in this epoch"
@@ -45,6 +44,7 @@ class DestinationEvent(enum.Enum):
     ABORT = "the source gives up before it has offered"
     QUERY = "the source asks what became of it"
     QUERY_AGAIN = "the source asks what became of it, and it came here long ago"
+    KEPT = "the source sends on what it keeps"
     RELEASED = "the source has let go, and sends what it kept"
     CHECKED = "some or all could live here"
     CHECKED_NONE = "none could"
@@ -67,8 +67,8 @@ _REFUSE = (_D.DISCARDED, (do.Discard, do.Forget, say.Prepared))
 _DROP = (_D.DISCARDED, (do.Discard, do.Forget))
 _DISCARD = (_D.DISCARDED, (do.Discard, do.Forget, say.Discarded))
 _UNHEARD = (_D.DISCARDED, (do.Forget, say.Discarded))
-_GO = (do.Replay, do.Activate, do.WriteJournal, do.LiftHold)
-_REBUILD = (do.Discard, do.Rebuild, do.Adopt, do.StartTimer)
+# Nothing can be heard of the source any more: what it has is frozen, and held. So nobody waits for its word.
+_GO = (do.Discard, do.Rebuild, do.Adopt, do.Activate, say.Committed, do.Steer, do.WriteJournal, do.LiftHold)
 
 TRANSITIONS: Table = {
     _D.ABSENT: {
@@ -78,6 +78,7 @@ TRANSITIONS: Table = {
         _E.QUERY: _UNHEARD,
         _E.QUERY_AGAIN: (_D.DONE, (say.Committed,)),  # an operator had spoken for the source
         _E.RELEASED: (_D.DONE, (say.Activated,)),
+        _E.KEPT: (_D.DISCARDED, ()),  # it came too late
     },
     _D.CHECKING: {
         _E.CHECKED: (_D.PREPARED, (do.WriteJournal, do.Hold, do.Carry, say.Prepared, do.StartTimer)),
@@ -86,7 +87,7 @@ TRANSITIONS: Table = {
         _E.LINK_LOST: (_D.DISCARDED, ()),
     },
     _D.PREPARED: {
-        _E.OFFER: (_D.RESTORING, (do.WriteJournal, do.RestoreSilent, do.Discard)),
+        _E.OFFER: (_D.RESTORING, (do.RestoreSilent, do.Discard)),
         _E.ABORT: _DROP,
         _E.QUERY: _DISCARD,
         _E.TIMEOUT: _DROP,
@@ -98,41 +99,36 @@ TRANSITIONS: Table = {
         _E.RESTORED: (_D.COMMITTING, (do.WriteJournal, do.Claim)),
         _E.RESTORED_NONE: _DISCARD,
         _E.QUERY: _DISCARD,
+        _E.KEPT: (_D.RESTORING, (do.Replay,)),
         _E.LINK_LOST: (_D.RESTORING, ()),  # the source may be dead: the more reason to go on
         _E.FAILED: _DISCARD,
-        _E.RESTARTED: _DROP,
     },
     _D.COMMITTING: {
-        _E.WON: (_D.COMMITTED, (say.Committed, do.WriteJournal, do.Steer, *_REBUILD)),
+        _E.WON: (_D.ACTIVE, _GO),
         _E.LOST: _DISCARD,
         _E.REGISTRY_FAILED: (_D.COMMITTING, (do.StartTimer,)),
         _E.TIMEOUT: (_D.COMMITTING, (do.Claim,)),
         _E.QUERY: (_D.COMMITTING, ()),  # the answer comes with the claim's
+        _E.KEPT: (_D.COMMITTING, (do.Replay,)),
         _E.RELEASED: (_D.COMMITTING, ()),  # the registry told the source first; it will say so again
         _E.LINK_LOST: (_D.COMMITTING, ()),
         _E.FAILED: _DISCARD,  # the journal did not take it, so the claim was not made
         _E.RESTARTED: (_D.COMMITTING, (do.Rehold, do.Claim)),
     },
-    _D.COMMITTED: {
-        _E.RELEASED: (_D.SERVING, (*_GO, do.Unclaim, do.Forget, say.Activated, do.StartTimer)),
-        _E.QUERY: (_D.COMMITTED, (say.Committed,)),
-        _E.TIMEOUT: (_D.ACTIVE, _GO),
-        _E.LINK_LOST: (_D.ACTIVE, _GO),
-        _E.RESTARTED: (_D.COMMITTED, (do.Rehold, do.Steer, *_REBUILD)),
-    },
     _D.ACTIVE: {
         _E.RELEASED: (_D.SERVING, (do.Replay, do.Unclaim, do.Forget, say.Activated, do.StartTimer)),
         _E.QUERY: (_D.ACTIVE, (say.Committed,)),
+        _E.KEPT: (_D.ACTIVE, (do.Replay,)),
         _E.LINK_LOST: (_D.ACTIVE, ()),
         _E.RESTARTED: (_D.ACTIVE, (do.LiftHold, do.Steer)),
         _E.RESOLVED: (_D.DONE, (do.Forget,)),  # the claims stay: they bind a source that comes back
     },
     _D.SERVING: {
         _E.RELEASED: (_D.SERVING, (do.Replay, say.Activated)),
+        _E.KEPT: (_D.SERVING, (do.Replay,)),
         _E.QUERY: (_D.SERVING, ()),  # an old one, overtaken: the source knows
         _E.LINK_LOST: (_D.SERVING, ()),
         _E.TIMEOUT: (_D.DONE, ()),
-        _E.RESTARTED: (_D.DONE, (do.LiftHold, do.Steer, do.Unclaim, do.Forget)),  # it died before it could forget
     },
     _D.DONE: {},
     _D.DISCARDED: {},
@@ -175,6 +171,7 @@ class DestinationHandoff(Machine):
         self.others = others
         self.registry = registry
         self.patience = 0.0
+        self.records: Mapping[bytes, bytes] | None = None  # offered, and not yet in the journal
         self.rebuilt = False
 
     def _check(self, message: say.Message) -> None:
@@ -214,6 +211,7 @@ class DestinationHandoff(Machine):
                 self.connections = event.connections
                 self._refuse(dict.fromkeys(self.others or (), _STAYED))
             case say.Offer():
+                self.records = event.records
                 offered = {connection.id for connection in event.connections}
                 self._refuse({c.id: _WHY[say.Offer] for c in self.moving if c.id not in offered})
             case on_event.Checked() | on_event.Restored():
@@ -228,16 +226,16 @@ class DestinationHandoff(Machine):
             self._refuse_all(event.reason if isinstance(event, on_event.Failed) else _WHY.get(type(event), ""))
 
     def _write_journal(self, event: Event) -> do.Command:
-        return do.WriteJournal(self.row(), event.records if isinstance(event, say.Offer) else None)
+        records, self.records = self.records, None
+        return do.WriteJournal(self.row(), records)
 
-    def _replay(self, event: Event) -> do.Command:
-        return do.Replay(self.moving, event.kept if isinstance(event, say.Released) else ())
+    def _replay(self, event: say.Kept | say.Released) -> do.Command:
+        return do.Replay(self.moving, event.kept)
 
     def _start_timer(self, event: Event) -> do.Command:
         seconds: Mapping[enum.Enum, float] = {
             _D.PREPARED: self.patience,
             _D.COMMITTING: self.times.ask,
-            _D.COMMITTED: self.times.kept,
             _D.SERVING: 2 * self.times.linger,
         }
         return self._timer(seconds[self.state])
@@ -282,6 +280,7 @@ _NAMED: Mapping[type[Event], DestinationEvent] = {
     say.Offer: _E.OFFER,
     say.Abort: _E.ABORT,
     say.Query: _E.QUERY,
+    say.Kept: _E.KEPT,
     say.Released: _E.RELEASED,
     on_event.RegistryFailed: _E.REGISTRY_FAILED,
     on_event.Timeout: _E.TIMEOUT,

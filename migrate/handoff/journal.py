@@ -33,7 +33,7 @@ from migrate.sealed import Key
 __all__ = ["Journal"]
 
 _APPLICATION = 0x4943494A  # "ICIJ"
-_VERSION = 5
+_VERSION = 6
 _SCHEMA = """
 CREATE TABLE handoff(
     number INTEGER PRIMARY KEY AUTOINCREMENT, batch BLOB NOT NULL, role TEXT NOT NULL, state TEXT NOT NULL,
@@ -136,6 +136,8 @@ class Journal:
                 elif row.state == DestinationState.ACTIVE.name:
                     run.execute("DELETE FROM records WHERE number=?", (number,))
             undone.pop_all()
+            if found is None and row.role == DestinationHandoff.role:
+                self._key.prepare()  # nothing stands still yet
             if row.state == DestinationState.ACTIVE.name:
                 self._files.drop(number)
 

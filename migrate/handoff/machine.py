@@ -34,8 +34,7 @@ class Times(msgspec.Struct, frozen=True, kw_only=True):
     answer: float = 5.0  # for Committed or Discarded
     ask: float = 1.0  # between two questions
     asks: int = 5  # questions to the other side before the registry is asked, if there is a shared one
-    kept: float = 0.25  # at the destination, for what the source has kept
-    linger: float = 1.0  # after activation, for segments that still reach the source
+    linger: float = 1.0  # after the release, for segments that still reach the source
 
 
 DEFAULT_TIMES = Times()

@@ -21,6 +21,7 @@ __all__ = [
     "Activated",
     "Committed",
     "Discarded",
+    "Kept",
     "Message",
     "Offer",
     "Prepare",
@@ -68,10 +69,16 @@ class Query(Message, frozen=True, kw_only=True):
     connections: tuple[Connection, ...]
 
 
-class Released(Message, frozen=True, kw_only=True):
-    """I have let go of what you committed. ``kept``: whole IP packets that my hold has kept and not yet sent on.
+class Kept(Message, frozen=True, kw_only=True):
+    """My hold has kept these since the Offer: whole IP packets, each sent once. Not answered; decides nothing."""
 
-    May come any number of times, with what has been kept since; answered by Activated each time.
+    kept: tuple[bytes, ...]
+
+
+class Released(Message, frozen=True, kw_only=True):
+    """I have let go of what you committed, and shall not ask again. ``kept``: what my hold had not yet sent on by then.
+
+    May come any number of times; answered by Activated each time.
     """
 
     kept: tuple[bytes, ...] = ()
@@ -94,7 +101,7 @@ class Prepared(Answer, frozen=True, kw_only=True):
 
 
 class Committed(Answer, frozen=True, kw_only=True):
-    """I own all but the refused, which are yours, finally."""
+    """I own all but the refused, which are yours, finally. What I own runs here."""
 
     refused: Mapping[bytes, str]
 
@@ -106,4 +113,4 @@ class Discarded(Answer, frozen=True, kw_only=True):
 
 
 class Activated(Answer, frozen=True, kw_only=True):
-    """They run here, and nothing of the batch is left in my journal: I need not hear of it again."""
+    """Nothing of the batch is left in my journal: I need not hear of it again."""

@@ -33,8 +33,8 @@ CRASHES = (
     "source:OFFERED:COMMITTED:Release",  # taken at the other side
     "source:OFFERED:COMMITTED:SendKept",  # released, Gone was said
     "destination:RESTORING:RESTORED:WriteJournal",  # taken, not committed
-    "destination:COMMITTED:RELEASED:Activate",  # taken, committed, silent
-    "destination:COMMITTED:RELEASED:WriteJournal",  # active, Go was said
+    "destination:COMMITTING:WON:Activate",  # taken, committed, silent
+    "destination:COMMITTING:WON:WriteJournal",  # active, Go was said
 )
 BEFORE_COMMIT = (CRASHES[0], CRASHES[3])
 

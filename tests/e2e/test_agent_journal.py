@@ -25,7 +25,7 @@ from tests.fix_netns import Lan, LanFactory
 from tests.peers import connect
 from tests.waiting import until
 
-GO = "destination:COMMITTED:RELEASED"  # the source has let go, the records are still needed
+GO = "destination:COMMITTING:WON"  # they have been claimed, the records are still needed
 
 
 @contextlib.contextmanager

@@ -277,8 +277,8 @@ def test_an_agent_killed_after_the_commit_has_let_go(scene: tuple[Lan, Agent], m
     [
         "destination:RESTORING:RESTORED:WriteJournal",
         "destination:COMMITTING:WON:Adopt",
-        "destination:COMMITTED:RELEASED:LiftHold",
-        "destination:COMMITTED:RELEASED:Forget",
+        "destination:COMMITTING:WON:LiftHold",
+        "destination:ACTIVE:RELEASED:Forget",
     ],
 )
 def test_an_agent_killed_while_it_restores(scene: tuple[Lan, Agent], moment: str) -> None:

@@ -90,7 +90,7 @@ def ended(agent: Agent) -> bool:
     "point",
     [
         "destination:COMMITTING:WON",
-        "destination:COMMITTED:RELEASED:Activate",
+        "destination:COMMITTING:WON:Activate",
         "source:OFFERED:COMMITTED:Release",
     ],
 )

@@ -63,6 +63,7 @@ SOURCE = {
     messages.Offer: offers(),
     messages.Abort: st.builds(messages.Abort, batch=ids),
     messages.Query: st.builds(messages.Query, batch=ids, connections=connections),
+    messages.Kept: st.builds(messages.Kept, batch=ids, kept=strings),
     messages.Released: st.builds(messages.Released, batch=ids, kept=strings),
 }
 DESTINATION = {

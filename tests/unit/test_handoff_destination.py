@@ -8,19 +8,20 @@ from migrate.errors import RemoteError
 from migrate.handoff import commands as do
 from migrate.handoff import events as on
 from migrate.handoff import messages as say
-from migrate.handoff.destination import DestinationHandoff
+from migrate.handoff.destination import DestinationEvent, DestinationHandoff, DestinationState
 from migrate.handoff.ids import Connection
 from migrate.handoff.machine import Times
 from tests.handoff_play import BATCH, A, B, C, Play
 
-TIMES = Times(ask=1, kept=2, linger=3)
+TIMES = Times(ask=1, linger=3)
 PREPARE = say.Prepare(batch=BATCH, connections=(A, B), steer="forward", registry="registry", patience=9)
 RECORDS = {A.id: b"a", B.id: b"b"}
 OFFER = say.Offer(batch=BATCH, connections=(A, B), records=RECORDS)
 QUERY = say.Query(batch=BATCH, connections=(A, B))
 RELEASED = say.Released(batch=BATCH, kept=(b"packet",))
 BOTH = frozenset({A.id, B.id})
-COMMIT = (say.Committed, do.WriteJournal, do.Steer, do.Adopt, do.StartTimer)
+KEPT = say.Kept(batch=BATCH, kept=(b"segment",))
+COMMIT = (do.Adopt, do.Activate, say.Committed, do.Steer, do.WriteJournal, do.LiftHold)
 DROP = (do.Discard, do.Forget)
 
 
@@ -35,54 +36,63 @@ def prepared(*, registry: str = "registry") -> Play:
 
 
 def restoring() -> Play:
-    return prepared().gets(OFFER, "RESTORING", do.WriteJournal, do.RestoreSilent((A, B), RECORDS))
+    return prepared().gets(OFFER, "RESTORING", do.RestoreSilent((A, B), RECORDS))
 
 
 def committing() -> Play:
     return restoring().gets(on.Restored({}), "COMMITTING", do.WriteJournal, do.Claim((A, B), True))
 
 
-def committed() -> Play:
-    return committing().gets(on.Claimed(frozenset()), "COMMITTED", *COMMIT)
-
-
 def active() -> Play:
-    return committed().time_out("ACTIVE", do.Replay((A, B), ()), do.Activate, do.WriteJournal, do.LiftHold)
+    return committing().gets(on.Claimed(frozenset()), "ACTIVE", *COMMIT)
 
 
 def test_the_usual_run() -> None:
     play = prepared()
     assert play.said() == say.Prepared(batch=BATCH, journal="mine", refused={}, shared=True)
     assert play.wants(do.StartTimer) == do.StartTimer(9, play.machine.serial)
-    play.gets(OFFER, "RESTORING", do.WriteJournal, do.RestoreSilent((A, B), RECORDS))
+    play.gets(OFFER, "RESTORING", do.RestoreSilent((A, B), RECORDS))
     play.gets(on.Restored({}), "COMMITTING", do.WriteJournal, do.Claim((A, B), True))
-    play.gets(on.Claimed(frozenset()), "COMMITTED", *COMMIT)
+    play.gets(KEPT, "COMMITTING", do.Replay((A, B), (b"segment",)))
+    play.gets(
+        on.Claimed(frozenset()),
+        "ACTIVE",
+        do.Adopt((A, B)),
+        do.Activate((A, B)),
+        say.Committed,
+        do.Steer((A, B), "forward"),
+        do.WriteJournal,
+        do.LiftHold((A, B)),
+    )
     assert play.said() == say.Committed(batch=BATCH, journal="mine", refused={})
-    assert play.wants(do.Steer) == do.Steer((A, B), "forward")
+    play.gets(KEPT, "ACTIVE", do.Replay((A, B), (b"segment",)))
     play.gets(
         RELEASED,
         "SERVING",
         do.Replay((A, B), (b"packet",)),
-        do.Activate((A, B)),
-        do.WriteJournal,
-        do.LiftHold((A, B)),
         do.Unclaim((A, B)),
         do.Forget((A, B), BATCH, BOTH),
         say.Activated,
         do.StartTimer(6, play.machine.serial + 2),
     )
+    play.gets(KEPT, "SERVING", do.Replay((A, B), (b"segment",)))
     late = say.Released(batch=BATCH, kept=(b"late",))
     play.gets(late, "SERVING", do.Replay((A, B), (b"late",)), say.Activated).time_out("DONE")
     assert play.machine.over
 
 
-def test_the_records_are_in_the_journal_before_anything_is_built() -> None:
-    play = prepared().gets(OFFER, "RESTORING", do.WriteJournal, do.RestoreSilent)
+def test_the_records_are_in_the_journal_with_the_row_that_counts_on_them() -> None:
+    play = restoring().gets(on.Restored({}), "COMMITTING", do.WriteJournal, do.Claim)
     write = play.wants(do.WriteJournal)
     assert isinstance(write, do.WriteJournal)
-    assert (write.row.state, write.records) == ("RESTORING", RECORDS)
-    play.gets(on.Restored({}), "COMMITTING", do.WriteJournal, do.Claim)
+    assert (write.row.state, write.records) == ("COMMITTING", RECORDS)
+    play.gets(on.Claimed(frozenset()), "ACTIVE", *COMMIT)
     assert play.wants(do.WriteJournal) == do.WriteJournal(play.machine.row(), None)
+
+
+def test_nobody_hears_that_they_are_here_before_they_run() -> None:
+    order = list(DestinationHandoff.TRANSITIONS[DestinationState.COMMITTING][DestinationEvent.WON][1])
+    assert order.index(do.Activate) < order.index(say.Committed)
 
 
 @pytest.mark.parametrize(("theirs", "mine", "shared"), [("r", "r", True), ("r", "s", False), ("", "", False)])
@@ -91,9 +101,7 @@ def test_a_registry_is_shared_if_both_name_the_same(theirs: str, mine: str, shar
     play.gets(say.Prepare(batch=BATCH, connections=(A,), registry=theirs), "CHECKING", do.Check)
     play.gets(on.Checked({}), "PREPARED", do.WriteJournal, do.Hold, do.Carry, say.Prepared, do.StartTimer)
     assert play.said() == say.Prepared(batch=BATCH, journal="mine", refused={}, shared=shared)
-    play.gets(
-        say.Offer(batch=BATCH, connections=(A,), records={A.id: b""}), "RESTORING", do.WriteJournal, do.RestoreSilent
-    )
+    play.gets(say.Offer(batch=BATCH, connections=(A,), records={A.id: b""}), "RESTORING", do.RestoreSilent)
     play.gets(on.Restored({}), "COMMITTING", do.WriteJournal, do.Claim((A,), shared))
 
 
@@ -112,17 +120,14 @@ def test_the_refused_drop_out_one_by_one_and_the_rest_comes() -> None:
         do.StartTimer,
     )
     offered = say.Offer(batch=BATCH, connections=everyone[2:], records={c.id: b"r" for c in everyone[2:]})
-    play.gets(
-        offered, "RESTORING", do.WriteJournal, do.RestoreSilent(everyone[2:], offered.records), do.Discard((left,))
-    )
+    play.gets(offered, "RESTORING", do.RestoreSilent(everyone[2:], offered.records), do.Discard((left,)))
     play.gets(on.Restored({broken.id: "no memory"}), "COMMITTING", do.WriteJournal, do.Claim((lost, well), True))
     play.gets(
         on.Claimed(frozenset({lost.id})),
-        "COMMITTED",
-        *COMMIT[:3],
+        "ACTIVE",
         do.Discard((left, broken, lost)),
         do.Adopt((well,)),
-        do.StartTimer,
+        *COMMIT[1:],
     )
     assert play.said() == say.Committed(
         batch=BATCH,
@@ -172,15 +177,13 @@ def test_asked_before_the_claim_it_discards_and_asked_after_it_it_does_not() -> 
     for play in (prepared(), restoring()):
         play.gets(QUERY, "DISCARDED", *DROP, say.Discarded)
         assert play.said() == say.Discarded(batch=BATCH, journal="mine", refused={A.id: why, B.id: why})
-    committing().gets(QUERY, "COMMITTING").gets(on.Claimed(frozenset()), "COMMITTED", *COMMIT)
-    committed().gets(QUERY, "COMMITTED", say.Committed)
+    committing().gets(QUERY, "COMMITTING").gets(on.Claimed(frozenset()), "ACTIVE", *COMMIT)
     active().gets(QUERY, "ACTIVE", say.Committed)
 
 
 def test_a_source_that_dies_is_no_reason_to_stop() -> None:
     play = restoring().gets(on.LinkLost(), "RESTORING").gets(on.Restored({}), "COMMITTING", do.WriteJournal, do.Claim)
-    play.gets(on.LinkLost(), "COMMITTING").gets(on.Claimed(frozenset()), "COMMITTED", *COMMIT)
-    play.gets(on.LinkLost(), "ACTIVE", do.Replay, do.Activate, do.WriteJournal, do.LiftHold)
+    play.gets(on.LinkLost(), "COMMITTING").gets(on.Claimed(frozenset()), "ACTIVE", *COMMIT)
     play.gets(on.LinkLost(), "ACTIVE")
     play.gets(RELEASED, "SERVING", do.Replay, do.Unclaim, do.Forget, say.Activated, do.StartTimer)
 
@@ -212,6 +215,16 @@ def test_what_it_has_forgotten_is_activated() -> None:
     absent().gets(RELEASED, "DONE", say.Activated)
 
 
+def test_a_segment_that_comes_too_late_says_nothing_about_its_batch() -> None:
+    absent().gets(KEPT, "DISCARDED")
+
+
+def test_a_segment_that_comes_before_the_offer_is_a_breach() -> None:
+    for play in (absent().gets(PREPARE, "CHECKING", do.Check), prepared()):
+        with pytest.raises(RemoteError, match="does not expect Kept"):
+            play.machine.receive(KEPT)
+
+
 def test_a_source_that_comes_back_after_an_operator_spoke_for_it_hears_the_truth() -> None:
     machine = DestinationHandoff(BATCH, "a", journal="mine", others=frozenset({B.id}), times=TIMES)
     play = Play(machine).gets(QUERY, "DONE", say.Committed)
@@ -231,15 +244,8 @@ def test_an_abort_of_nothing() -> None:
     ("state", "then", "commands"),
     [
         ("PREPARED", "DISCARDED", DROP),
-        ("RESTORING", "DISCARDED", DROP),
         ("COMMITTING", "COMMITTING", (do.Rehold((B,)), do.Claim((B,), True))),
-        (
-            "COMMITTED",
-            "COMMITTED",
-            (do.Rehold((B,)), do.Steer, do.Discard((A,)), do.Rebuild((B,)), do.Adopt((B,)), do.StartTimer),
-        ),
         ("ACTIVE", "ACTIVE", (do.LiftHold((B,)), do.Steer((B,), "vip"))),
-        ("SERVING", "DONE", (do.LiftHold, do.Steer, do.Unclaim, do.Forget)),
     ],
 )
 def test_it_goes_on_from_its_row(state: str, then: str, commands: tuple[do.Command, ...]) -> None:
@@ -262,7 +268,7 @@ def test_it_goes_on_from_its_row(state: str, then: str, commands: tuple[do.Comma
 def test_what_was_claimed_before_the_restart_is_rebuilt() -> None:
     play = Play(DestinationHandoff.recover(committing().machine.row(), TIMES))
     play.gets(on.Restarted(), "COMMITTING", do.Rehold, do.Claim)
-    play.gets(on.Claimed(frozenset()), "COMMITTED", *COMMIT[:3], do.Rebuild((A, B)), *COMMIT[3:])
+    play.gets(on.Claimed(frozenset()), "ACTIVE", do.Rebuild((A, B)), *COMMIT)
 
 
 # ---- who is not believed
@@ -282,7 +288,7 @@ def test_an_offer_that_was_not_prepared_is_a_breach(offer: say.Offer) -> None:
     play = prepared()
     with pytest.raises(RemoteError, match="does not fit"):
         play.machine.receive(offer)
-    play.gets(OFFER, "RESTORING", do.WriteJournal, do.RestoreSilent)
+    play.gets(OFFER, "RESTORING", do.RestoreSilent)
 
 
 def test_an_offer_of_what_was_refused_is_a_breach() -> None:
@@ -308,4 +314,4 @@ def test_a_second_preparation_is_a_breach() -> None:
 
 def test_an_operator_has_nothing_to_say_before_it_is_active() -> None:
     with pytest.raises(Exception, match="nothing to decide"):
-        committed().machine.receive(on.Resolved(True))
+        committing().machine.receive(on.Resolved(True))

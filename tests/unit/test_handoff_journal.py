@@ -97,8 +97,8 @@ def test_a_connection_that_gets_another_name_comes_back_with_both(journal: Journ
 def test_a_state_is_replaced_and_the_rest_stays(journal: Journal) -> None:
     moving = connections(3)
     journal.write(row("PREPARED", moving=moving))
-    journal.write(row("RESTORING", moving=moving), {c.id: b"record" for c in moving})
-    committed = row("COMMITTED", moving=moving, refused={moving[0].id: "no adopter"})
+    journal.write(row("COMMITTING", moving=moving), {c.id: b"record" for c in moving})
+    committed = row("COMMITTING", moving=moving, refused={moving[0].id: "no adopter"})
     journal.write(committed)
     assert journal.rows() == [committed]
     assert journal.records(b"batch") == {c.id: b"record" for c in moving}
@@ -107,7 +107,7 @@ def test_a_state_is_replaced_and_the_rest_stays(journal: Journal) -> None:
 def test_both_sides_of_one_batch_may_be_here(journal: Journal) -> None:
     (here,), (there,) = connections(1), connections(1)
     journal.write(row("OFFERED", role="source", moving=(here,)))
-    journal.write(row("RESTORING", moving=(there,)), {there.id: b"record"})
+    journal.write(row("COMMITTING", moving=(there,)), {there.id: b"record"})
     assert journal.records(b"batch") == {there.id: b"record"}
     journal.forget(b"batch", "source", (here,), frozenset())
     assert journal.records(b"batch") == {there.id: b"record"}
@@ -171,7 +171,7 @@ def test_discarded_is_final_for_a_batch_that_was_never_here(journal: Journal) ->
 
 def test_a_stranger_s_batch_does_not_free_a_connection(journal: Journal) -> None:
     (moving,) = connections(1)
-    journal.write(row("RESTORING", moving=(moving,)))
+    journal.write(row("COMMITTING", moving=(moving,)))
     journal.forget(b"stranger", "destination", (Connection(moving.id, 7, moving.four_tuple),), frozenset())
     assert "not over" in journal.conflicts((Connection(moving.id, 9, moving.four_tuple),))[moving.id]
     assert journal.seen(moving.id) == 7
@@ -236,7 +236,7 @@ def test_what_came_here_is_known_also_when_it_has_moved_on(journal: Journal) -> 
 def test_only_the_owner_may_read_it(journal: Journal, path: Path) -> None:
     journal.write(row(moving=connections(1)))
     (large,) = connections(1)
-    journal.write(row("RESTORING", b"large", moving=(large,)), {large.id: LARGE})
+    journal.write(row("COMMITTING", b"large", moving=(large,)), {large.id: LARGE})
     found = {str(each.relative_to(path.parent)): stat.S_IMODE(each.stat().st_mode) for each in path.parent.rglob("*")}
     assert found.keys() >= {"journal", "journal-wal", "journal.lock", "journal.records/2"}
     assert found.pop("journal.records") == 0o700
@@ -265,7 +265,7 @@ def test_no_byte_of_a_record_is_ever_in_a_file(journal: Journal, path: Path, sta
         return holding(path, secret)
 
     journal.write(row("PREPARED", moving=moving))
-    journal.write(row("RESTORING", moving=moving), records)
+    journal.write(row("COMMITTING", moving=moving), records)
     assert (journal.records(b"batch"), found()) == (records, [])
     if state is not None:
         journal.write(row(state, moving=moving))
@@ -277,8 +277,8 @@ def test_no_byte_of_a_record_is_ever_in_a_file(journal: Journal, path: Path, sta
 @pytest.mark.parametrize("state", ["ACTIVE", None], ids=["they run", "it is over"])
 def test_what_was_sealed_is_wiped_as_well(journal: Journal, path: Path, state: str | None) -> None:
     small, large = connections(2)
-    journal.write(row("RESTORING", b"small", moving=(small,)), {small.id: bytes(100_000)})
-    journal.write(row("RESTORING", b"large", moving=(large,)), {large.id: LARGE})
+    journal.write(row("COMMITTING", b"small", moving=(small,)), {small.id: bytes(100_000)})
+    journal.write(row("COMMITTING", b"large", moving=(large,)), {large.id: LARGE})
     (sealed,) = journal._database.connection.execute("SELECT data FROM records WHERE number=1").fetchone()
     with path.with_name("journal.records").joinpath("2").open("rb") as file:
         parts = [sealed[1000:1032], file.read()[1000:1032]]
@@ -303,7 +303,7 @@ def test_large_records_come_back(journal: Journal, path: Path) -> None:
     """With small ones among them; and what no row counts on is gone after the next start."""
     moving = connections(3)
     records = {moving[0].id: b"small", moving[1].id: LARGE, moving[2].id: b""}
-    journal.write(row("RESTORING", moving=moving), records)
+    journal.write(row("COMMITTING", moving=moving), records)
     journal.close()
     files = path.with_name("journal.records")
     (files / "7").write_bytes(b"of a row that was never written")
@@ -323,10 +323,10 @@ def test_a_row_that_cannot_be_written_leaves_no_file(journal: Journal, path: Pat
         "CREATE TRIGGER no BEFORE INSERT ON records BEGIN SELECT RAISE(FAIL, 'no'); END"
     )
     with pytest.raises(HostError, match="no"):
-        journal.write(row("RESTORING", moving=(moving,)), {moving.id: LARGE})
+        journal.write(row("COMMITTING", moving=(moving,)), {moving.id: LARGE})
     assert (journal.rows(), list(path.with_name("journal.records").iterdir())) == ([], [])
     journal._database.connection.execute("DROP TRIGGER no")
-    journal.write(row("RESTORING", moving=(moving,)), {moving.id: LARGE})
+    journal.write(row("COMMITTING", moving=(moving,)), {moving.id: LARGE})
     journal._database.connection.execute(
         "CREATE TRIGGER no BEFORE DELETE ON records BEGIN SELECT RAISE(FAIL, 'no'); END"
     )
@@ -338,9 +338,9 @@ def test_a_row_that_cannot_be_written_leaves_no_file(journal: Journal, path: Pat
 def test_records_open_with_their_key_and_in_their_row_only(journal: Journal, path: Path) -> None:
     one, two = connections(2)
     for batch, moving in ((b"one", one), (b"two", two)):
-        journal.write(row("RESTORING", batch, moving=(moving,)), {moving.id: b"record"})
+        journal.write(row("COMMITTING", batch, moving=(moving,)), {moving.id: b"record"})
     with Journal(path.with_name("other"), Key(b"k" * KEY_LENGTH)) as other:
-        other.write(row("RESTORING", b"one", moving=(one,)), {one.id: b"record"})
+        other.write(row("COMMITTING", b"one", moving=(one,)), {one.id: b"record"})
         other._key = KEY
         with pytest.raises(RecordError, match="another key"):
             other.records(b"one")
@@ -417,11 +417,11 @@ def test_a_full_disk_is_an_error_and_no_loss(journal: Journal) -> None:
     pages = database.execute("PRAGMA page_count").fetchone()[0]
     database.execute(f"PRAGMA max_page_count={pages}")
     with pytest.raises(HostError, match="full") as caught:
-        journal.write(row("RESTORING", moving=(first,)), {first.id: bytes(1 << 17)})
+        journal.write(row("COMMITTING", moving=(first,)), {first.id: bytes(1 << 17)})
     assert "room" in str(caught.value)
     assert journal.rows() == [row("PREPARED", moving=(first,))]
     database.execute("PRAGMA max_page_count=1000000")
-    journal.write(row("RESTORING", moving=(first,)), {first.id: bytes(1 << 17)})
+    journal.write(row("COMMITTING", moving=(first,)), {first.id: bytes(1 << 17)})
     journal.write(row("PREPARED", batch=b"second", moving=(second,)))
 
 
@@ -433,13 +433,13 @@ def test_a_file_that_does_not_fit_is_an_error_and_no_loss(journal: Journal, path
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(LARGE) // 2, usual[1]))
     try:
         with pytest.raises(HostError, match=r"journal\.records/1: File too large") as caught:
-            journal.write(row("RESTORING", moving=(moving,)), {moving.id: LARGE})
+            journal.write(row("COMMITTING", moving=(moving,)), {moving.id: LARGE})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert "room" in str(caught.value)
     assert journal.rows() == [row("PREPARED", moving=(moving,))]
     assert list(path.with_name("journal.records").iterdir()) == []
-    journal.write(row("RESTORING", moving=(moving,)), {moving.id: LARGE})
+    journal.write(row("COMMITTING", moving=(moving,)), {moving.id: LARGE})
     assert journal.records(b"batch") == {moving.id: LARGE}
 
 
@@ -457,8 +457,7 @@ for number in itertools.count():
     def row(state):
         return Row(batch=batch, role="destination", state=state, peer="", connections=moving, refused={})
     journal.write(row("PREPARED"))
-    journal.write(row("RESTORING"), {c.id: c.id * (100 if number % 2 else 1000) for c in moving})
-    journal.write(row("COMMITTED"))
+    journal.write(row("COMMITTING"), {c.id: c.id * (100 if number % 2 else 1000) for c in moving})
     os.write(1, b"%d\\n" % number)
     if number % 3 == 0:
         journal.forget(batch, "destination", moving, frozenset())
@@ -480,7 +479,7 @@ def test_what_was_written_survives_a_kill_at_any_moment(path: Path) -> None:
         with Journal(path, KEY) as journal:
             states = {int.from_bytes(row.batch): row.state for row in journal.rows()}
             for number in range(last):
-                assert states.get(number) == (None if number % 3 == 0 else "COMMITTED")
+                assert states.get(number) == (None if number % 3 == 0 else "COMMITTING")
             for number, state in states.items():
                 kept = journal.records(number.to_bytes(16))
                 assert len(kept) == (0 if state == "PREPARED" else 50)
@@ -493,12 +492,12 @@ def test_ten_thousand_connections_cost_microseconds(journal: Journal) -> None:
         moving = connections(10_000)
         records = {c.id: bytes(300) for c in moving}
         batch = attempt.to_bytes(16)
-        prepared, restoring = row("PREPARED", batch, moving=moving), row("RESTORING", batch, moving=moving)
+        prepared, committing = row("PREPARED", batch, moving=moving), row("COMMITTING", batch, moving=moving)
         start = time.thread_time()
         journal.write(prepared)
-        journal.write(restoring, records)
+        journal.write(committing, records)
         each.append((time.thread_time() - start) / 10_000 * 1e6)
-        forget(journal, restoring)
+        forget(journal, committing)
     # Processor time, with room for a slow machine: it is to notice a row a record, an index too many, a lost cache.
     assert statistics.median(each) < 12, f"{each} µs"
     print(f"{min(each):.1f} µs a connection")

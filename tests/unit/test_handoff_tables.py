@@ -25,6 +25,7 @@ EVENTS: tuple[on.Event, ...] = (
     say.Offer(batch=BATCH, connections=(A, B), records=RECORDS),
     say.Abort(batch=BATCH),
     say.Query(batch=BATCH, connections=(A, B)),
+    say.Kept(batch=BATCH, kept=()),
     say.Released(batch=BATCH),
     say.Prepared(batch=BATCH, journal="", refused={}),
     say.Prepared(batch=BATCH, journal="", refused=ALL),
@@ -51,7 +52,7 @@ EVENTS: tuple[on.Event, ...] = (
 )
 # Steps with a fallible command whose failure needs no event: the row is behind, and a restart from it ends the same.
 BEHIND = {
-    "destination": {"COMMITTED", "ACTIVE", "SERVING"},
+    "destination": {"ACTIVE"},
     "source": {"SETTLING"},
 }
 

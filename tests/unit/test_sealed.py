@@ -248,3 +248,14 @@ def test_a_kept_key_is_made_once(tmp_path: Path) -> None:
 
 def test_a_key_is_not_printed() -> None:
     assert repr(KEY) == "<Key>"
+
+
+def test_what_was_prepared_serves_one_container_each() -> None:
+    key = Key(bytes(32))
+    for _ in range(20):
+        key.prepare()
+    sealed = [key.seal(b"data", bytes([number])) for number in range(20)]
+    assert len({each[8:24] for each in sealed}) == 20, "no salt twice: the nonces begin anew with each"
+    assert [key.open(each, bytes([number])) for number, each in enumerate(sealed)] == [b"data"] * 20
+    with pytest.raises(RecordError):
+        key.open(sealed[0], b"another context")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from migrate.agent.v1 import types_pb2 as tcpmig_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tcpmig/v1/handoff.proto\x12\ttcpmig.v1\x1a\x15tcpmig/v1/types.proto\"T\n\x0c\x43heckRequest\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tcpmig.v1.Hello\x12#\n\x07prepare\x18\x02 \x01(\x0b\x32\x12.tcpmig.v1.Prepare\"W\n\rCheckResponse\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tcpmig.v1.Hello\x12%\n\x08prepared\x18\x02 \x01(\x0b\x32\x13.tcpmig.v1.Prepared\"%\n\x0e\x46orwardRequest\x12\x13\n\x0b\x66our_tuples\x18\x01 \x01(\x0c\"\x11\n\x0f\x46orwardResponse\"\xfd\x01\n\x0fTransferRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tcpmig.v1.HelloH\x00\x12%\n\x07prepare\x18\x02 \x01(\x0b\x32\x12.tcpmig.v1.PrepareH\x00\x12!\n\x05offer\x18\x03 \x01(\x0b\x32\x10.tcpmig.v1.OfferH\x00\x12&\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x15.tcpmig.v1.AbortBatchH\x00\x12!\n\x05query\x18\x05 \x01(\x0b\x32\x10.tcpmig.v1.QueryH\x00\x12\'\n\x08released\x18\x06 \x01(\x0b\x32\x13.tcpmig.v1.ReleasedH\x00\x42\t\n\x07message\"\x93\x02\n\x10TransferResponse\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tcpmig.v1.HelloH\x00\x12\'\n\x08prepared\x18\x02 \x01(\x0b\x32\x13.tcpmig.v1.PreparedH\x00\x12)\n\tcommitted\x18\x03 \x01(\x0b\x32\x14.tcpmig.v1.CommittedH\x00\x12)\n\tdiscarded\x18\x04 \x01(\x0b\x32\x14.tcpmig.v1.DiscardedH\x00\x12)\n\tactivated\x18\x05 \x01(\x0b\x32\x14.tcpmig.v1.ActivatedH\x00\x12\'\n\x07timings\x18\x0f \x03(\x0b\x32\x16.tcpmig.v1.PhaseTimingB\t\n\x07message\"m\n\x05Hello\x12\x16\n\x0eoldest_version\x18\x01 \x01(\r\x12\x16\n\x0enewest_version\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x10\n\x08software\x18\x04 \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x05 \x03(\t\"B\n\x0e\x43onnectionList\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\x04\x12\x13\n\x0b\x66our_tuples\x18\x03 \x01(\x0c\"&\n\x07Refusal\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\"4\n\x05Piece\x12\x0f\n\x07lengths\x18\x01 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\x83\x01\n\x07Prepare\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12.\n\x0b\x63onnections\x18\x02 \x01(\x0b\x32\x19.tcpmig.v1.ConnectionList\x12\r\n\x05steer\x18\x03 \x01(\t\x12\x10\n\x08registry\x18\x04 \x01(\t\x12\x18\n\x10patience_seconds\x18\x05 \x01(\x01\"i\n\x05Offer\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12.\n\x0b\x63onnections\x18\x02 \x01(\x0b\x32\x19.tcpmig.v1.ConnectionList\x12!\n\x07records\x18\x03 \x01(\x0b\x32\x10.tcpmig.v1.Piece\"\x1b\n\nAbortBatch\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\"F\n\x05Query\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12.\n\x0b\x63onnections\x18\x02 \x01(\x0b\x32\x19.tcpmig.v1.ConnectionList\"9\n\x08Released\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x1e\n\x04kept\x18\x02 \x01(\x0b\x32\x10.tcpmig.v1.Piece\"_\n\x08Prepared\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t\x12#\n\x07refused\x18\x03 \x03(\x0b\x32\x12.tcpmig.v1.Refusal\x12\x0e\n\x06shared\x18\x04 \x01(\x08\"P\n\tCommitted\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t\x12#\n\x07refused\x18\x03 \x03(\x0b\x32\x12.tcpmig.v1.Refusal\"P\n\tDiscarded\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t\x12#\n\x07refused\x18\x03 \x03(\x0b\x32\x12.tcpmig.v1.Refusal\"+\n\tActivated\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t2\xd0\x01\n\x07Handoff\x12G\n\x08Transfer\x12\x1a.tcpmig.v1.TransferRequest\x1a\x1b.tcpmig.v1.TransferResponse(\x01\x30\x01\x12@\n\x07\x46orward\x12\x19.tcpmig.v1.ForwardRequest\x1a\x1a.tcpmig.v1.ForwardResponse\x12:\n\x05\x43heck\x12\x17.tcpmig.v1.CheckRequest\x1a\x18.tcpmig.v1.CheckResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tcpmig/v1/handoff.proto\x12\ttcpmig.v1\x1a\x15tcpmig/v1/types.proto\"T\n\x0c\x43heckRequest\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tcpmig.v1.Hello\x12#\n\x07prepare\x18\x02 \x01(\x0b\x32\x12.tcpmig.v1.Prepare\"W\n\rCheckResponse\x12\x1f\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tcpmig.v1.Hello\x12%\n\x08prepared\x18\x02 \x01(\x0b\x32\x13.tcpmig.v1.Prepared\"%\n\x0e\x46orwardRequest\x12\x13\n\x0b\x66our_tuples\x18\x01 \x01(\x0c\"\x11\n\x0f\x46orwardResponse\"\x9e\x02\n\x0fTransferRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tcpmig.v1.HelloH\x00\x12%\n\x07prepare\x18\x02 \x01(\x0b\x32\x12.tcpmig.v1.PrepareH\x00\x12!\n\x05offer\x18\x03 \x01(\x0b\x32\x10.tcpmig.v1.OfferH\x00\x12&\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x15.tcpmig.v1.AbortBatchH\x00\x12!\n\x05query\x18\x05 \x01(\x0b\x32\x10.tcpmig.v1.QueryH\x00\x12\'\n\x08released\x18\x06 \x01(\x0b\x32\x13.tcpmig.v1.ReleasedH\x00\x12\x1f\n\x04kept\x18\x07 \x01(\x0b\x32\x0f.tcpmig.v1.KeptH\x00\x42\t\n\x07message\"\x93\x02\n\x10TransferResponse\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.tcpmig.v1.HelloH\x00\x12\'\n\x08prepared\x18\x02 \x01(\x0b\x32\x13.tcpmig.v1.PreparedH\x00\x12)\n\tcommitted\x18\x03 \x01(\x0b\x32\x14.tcpmig.v1.CommittedH\x00\x12)\n\tdiscarded\x18\x04 \x01(\x0b\x32\x14.tcpmig.v1.DiscardedH\x00\x12)\n\tactivated\x18\x05 \x01(\x0b\x32\x14.tcpmig.v1.ActivatedH\x00\x12\'\n\x07timings\x18\x0f \x03(\x0b\x32\x16.tcpmig.v1.PhaseTimingB\t\n\x07message\"m\n\x05Hello\x12\x16\n\x0eoldest_version\x18\x01 \x01(\r\x12\x16\n\x0enewest_version\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x10\n\x08software\x18\x04 \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x05 \x03(\t\"B\n\x0e\x43onnectionList\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\x04\x12\x13\n\x0b\x66our_tuples\x18\x03 \x01(\x0c\"&\n\x07Refusal\x12\x0b\n\x03ids\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\"4\n\x05Piece\x12\x0f\n\x07lengths\x18\x01 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\x83\x01\n\x07Prepare\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12.\n\x0b\x63onnections\x18\x02 \x01(\x0b\x32\x19.tcpmig.v1.ConnectionList\x12\r\n\x05steer\x18\x03 \x01(\t\x12\x10\n\x08registry\x18\x04 \x01(\t\x12\x18\n\x10patience_seconds\x18\x05 \x01(\x01\"i\n\x05Offer\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12.\n\x0b\x63onnections\x18\x02 \x01(\x0b\x32\x19.tcpmig.v1.ConnectionList\x12!\n\x07records\x18\x03 \x01(\x0b\x32\x10.tcpmig.v1.Piece\"\x1b\n\nAbortBatch\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\"F\n\x05Query\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12.\n\x0b\x63onnections\x18\x02 \x01(\x0b\x32\x19.tcpmig.v1.ConnectionList\"5\n\x04Kept\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x1e\n\x04kept\x18\x02 \x01(\x0b\x32\x10.tcpmig.v1.Piece\"9\n\x08Released\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x1e\n\x04kept\x18\x02 \x01(\x0b\x32\x10.tcpmig.v1.Piece\"_\n\x08Prepared\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t\x12#\n\x07refused\x18\x03 \x03(\x0b\x32\x12.tcpmig.v1.Refusal\x12\x0e\n\x06shared\x18\x04 \x01(\x08\"P\n\tCommitted\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t\x12#\n\x07refused\x18\x03 \x03(\x0b\x32\x12.tcpmig.v1.Refusal\"P\n\tDiscarded\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t\x12#\n\x07refused\x18\x03 \x03(\x0b\x32\x12.tcpmig.v1.Refusal\"+\n\tActivated\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\x0c\x12\x0f\n\x07journal\x18\x02 \x01(\t2\xd0\x01\n\x07Handoff\x12G\n\x08Transfer\x12\x1a.tcpmig.v1.TransferRequest\x1a\x1b.tcpmig.v1.TransferResponse(\x01\x30\x01\x12@\n\x07\x46orward\x12\x19.tcpmig.v1.ForwardRequest\x1a\x1a.tcpmig.v1.ForwardResponse\x12:\n\x05\x43heck\x12\x17.tcpmig.v1.CheckRequest\x1a\x18.tcpmig.v1.CheckResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,35 +41,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORWARDRESPONSE']._serialized_start=275
   _globals['_FORWARDRESPONSE']._serialized_end=292
   _globals['_TRANSFERREQUEST']._serialized_start=295
-  _globals['_TRANSFERREQUEST']._serialized_end=548
-  _globals['_TRANSFERRESPONSE']._serialized_start=551
-  _globals['_TRANSFERRESPONSE']._serialized_end=826
-  _globals['_HELLO']._serialized_start=828
-  _globals['_HELLO']._serialized_end=937
-  _globals['_CONNECTIONLIST']._serialized_start=939
-  _globals['_CONNECTIONLIST']._serialized_end=1005
-  _globals['_REFUSAL']._serialized_start=1007
-  _globals['_REFUSAL']._serialized_end=1045
-  _globals['_PIECE']._serialized_start=1047
-  _globals['_PIECE']._serialized_end=1099
-  _globals['_PREPARE']._serialized_start=1102
-  _globals['_PREPARE']._serialized_end=1233
-  _globals['_OFFER']._serialized_start=1235
-  _globals['_OFFER']._serialized_end=1340
-  _globals['_ABORTBATCH']._serialized_start=1342
-  _globals['_ABORTBATCH']._serialized_end=1369
-  _globals['_QUERY']._serialized_start=1371
-  _globals['_QUERY']._serialized_end=1441
-  _globals['_RELEASED']._serialized_start=1443
-  _globals['_RELEASED']._serialized_end=1500
-  _globals['_PREPARED']._serialized_start=1502
-  _globals['_PREPARED']._serialized_end=1597
-  _globals['_COMMITTED']._serialized_start=1599
-  _globals['_COMMITTED']._serialized_end=1679
-  _globals['_DISCARDED']._serialized_start=1681
-  _globals['_DISCARDED']._serialized_end=1761
-  _globals['_ACTIVATED']._serialized_start=1763
-  _globals['_ACTIVATED']._serialized_end=1806
-  _globals['_HANDOFF']._serialized_start=1809
-  _globals['_HANDOFF']._serialized_end=2017
+  _globals['_TRANSFERREQUEST']._serialized_end=581
+  _globals['_TRANSFERRESPONSE']._serialized_start=584
+  _globals['_TRANSFERRESPONSE']._serialized_end=859
+  _globals['_HELLO']._serialized_start=861
+  _globals['_HELLO']._serialized_end=970
+  _globals['_CONNECTIONLIST']._serialized_start=972
+  _globals['_CONNECTIONLIST']._serialized_end=1038
+  _globals['_REFUSAL']._serialized_start=1040
+  _globals['_REFUSAL']._serialized_end=1078
+  _globals['_PIECE']._serialized_start=1080
+  _globals['_PIECE']._serialized_end=1132
+  _globals['_PREPARE']._serialized_start=1135
+  _globals['_PREPARE']._serialized_end=1266
+  _globals['_OFFER']._serialized_start=1268
+  _globals['_OFFER']._serialized_end=1373
+  _globals['_ABORTBATCH']._serialized_start=1375
+  _globals['_ABORTBATCH']._serialized_end=1402
+  _globals['_QUERY']._serialized_start=1404
+  _globals['_QUERY']._serialized_end=1474
+  _globals['_KEPT']._serialized_start=1476
+  _globals['_KEPT']._serialized_end=1529
+  _globals['_RELEASED']._serialized_start=1531
+  _globals['_RELEASED']._serialized_end=1588
+  _globals['_PREPARED']._serialized_start=1590
+  _globals['_PREPARED']._serialized_end=1685
+  _globals['_COMMITTED']._serialized_start=1687
+  _globals['_COMMITTED']._serialized_end=1767
+  _globals['_DISCARDED']._serialized_start=1769
+  _globals['_DISCARDED']._serialized_end=1849
+  _globals['_ACTIVATED']._serialized_start=1851
+  _globals['_ACTIVATED']._serialized_end=1894
+  _globals['_HANDOFF']._serialized_start=1897
+  _globals['_HANDOFF']._serialized_end=2105
 # @@protoc_insertion_point(module_scope)

@@ -130,6 +130,7 @@ class TransferRequest(_message.Message):
     ABORT_FIELD_NUMBER: _builtins.int
     QUERY_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """The first message."""
@@ -154,6 +155,10 @@ class TransferRequest(_message.Message):
     def released(self) -> Global___Released:
         """I have let go."""
 
+    @_builtins.property
+    def kept(self) -> Global___Kept:
+        """My hold has kept these. For a destination with the capability "kept"."""
+
     def __init__(
         self,
         *,
@@ -163,12 +168,13 @@ class TransferRequest(_message.Message):
         abort: Global___AbortBatch | None = ...,
         query: Global___Query | None = ...,
         released: Global___Released | None = ...,
+        kept: Global___Kept | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "message", b"message", "offer", b"offer", "prepare", b"prepare", "query", b"query", "released", b"released"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "kept", b"kept", "message", b"message", "offer", b"offer", "prepare", b"prepare", "query", b"query", "released", b"released"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "message", b"message", "offer", b"offer", "prepare", b"prepare", "query", b"query", "released", b"released"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "hello", b"hello", "kept", b"kept", "message", b"message", "offer", b"offer", "prepare", b"prepare", "query", b"query", "released", b"released"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "prepare", "offer", "abort", "query", "released"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "prepare", "offer", "abort", "query", "released", "kept"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -204,7 +210,7 @@ class TransferResponse(_message.Message):
 
     @_builtins.property
     def activated(self) -> Global___Activated:
-        """They run here."""
+        """I have forgotten it."""
 
     @_builtins.property
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.PhaseTiming]:
@@ -253,7 +259,9 @@ class Hello(_message.Message):
     """The sender's tcpmig version, for people: "0.1.0"."""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What the sender can do beyond the version's minimum; a word the receiver does not know is ignored. None exist so far."""
+        """What the sender can do beyond the version's minimum; a word the receiver does not know is ignored. "kept": as a
+        destination it takes Kept.
+        """
 
     def __init__(
         self,
@@ -492,10 +500,38 @@ class Query(_message.Message):
 Global___Query: _TypeAlias = Query  # noqa: Y015
 
 @_typing.final
-class Released(_message.Message):
-    """Says that the source has let go of what the destination committed. May come again, with what was kept since; each is
-    answered by Activated.
+class Kept(_message.Message):
+    """Brings segments on their way before the source has let go, and those that come late. Not answered. One that is lost costs
+    time and no more: the peer repeats its segments.
     """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    batch: _builtins.bytes
+    """The batch's id, 16 bytes."""
+    @_builtins.property
+    def kept(self) -> Global___Piece:
+        """Whole IP packets that the source's hold has kept for the connections since the Offer, each sent once."""
+
+    def __init__(
+        self,
+        *,
+        batch: _builtins.bytes = ...,
+        kept: Global___Piece | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "kept", b"kept"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Kept: _TypeAlias = Kept  # noqa: Y015
+
+@_typing.final
+class Released(_message.Message):
+    """Says that the source has let go of what the destination committed. May come again; each is answered by Activated."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -559,7 +595,9 @@ Global___Prepared: _TypeAlias = Prepared  # noqa: Y015
 
 @_typing.final
 class Committed(_message.Message):
-    """Says that the destination owns the connections, all but the refused, which are the source's. Both are final."""
+    """Says that the destination owns the connections, and that they run there, all but the refused, which are the source's. Both
+    are final.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -623,7 +661,7 @@ Global___Discarded: _TypeAlias = Discarded  # noqa: Y015
 
 @_typing.final
 class Activated(_message.Message):
-    """Says that the connections run at the destination, and that nothing of the batch is left in its journal."""
+    """Says that nothing of the batch is left in the destination's journal: it need not hear of it again."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

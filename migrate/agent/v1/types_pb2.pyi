@@ -124,11 +124,11 @@ class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType
     PHASE_FREEZE: _Phase.ValueType  # 2
     """The source holds and dumps."""
     PHASE_TRANSFER: _Phase.ValueType  # 3
-    """The records are on their way."""
+    """The records are on their way; as a source sees it, until it hears that the connections run at the destination."""
     PHASE_RESTORE: _Phase.ValueType  # 4
     """The destination builds silent sockets."""
     PHASE_COMMIT: _Phase.ValueType  # 5
-    """The destination writes COMMITTED in its journal."""
+    """The destination writes COMMITTING in its journal, and claims."""
     PHASE_RELEASE: _Phase.ValueType  # 6
     """The source lets go without a packet and sends on what it kept."""
     PHASE_ACTIVATE: _Phase.ValueType  # 7
@@ -146,11 +146,11 @@ PHASE_PREPARE: Phase.ValueType  # 1
 PHASE_FREEZE: Phase.ValueType  # 2
 """The source holds and dumps."""
 PHASE_TRANSFER: Phase.ValueType  # 3
-"""The records are on their way."""
+"""The records are on their way; as a source sees it, until it hears that the connections run at the destination."""
 PHASE_RESTORE: Phase.ValueType  # 4
 """The destination builds silent sockets."""
 PHASE_COMMIT: Phase.ValueType  # 5
-"""The destination writes COMMITTED in its journal."""
+"""The destination writes COMMITTING in its journal, and claims."""
 PHASE_RELEASE: Phase.ValueType  # 6
 """The source lets go without a packet and sends on what it kept."""
 PHASE_ACTIVATE: Phase.ValueType  # 7
