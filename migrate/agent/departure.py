@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -15,11 +16,12 @@ from migrate import quiet
 from migrate.agent.applications import Loan
 from migrate.agent.caller import CALLER, HOLD, Taker
 from migrate.agent.driver import Driver, Handoff, Host, tuples_of
-from migrate.agent.engine import Again, Batch, Later
+from migrate.agent.engine import Again, Batch, Later, Stream
 from migrate.agent.holds import FromAnotherThread
 from migrate.agent.logging import get_logger
 from migrate.agent.metrics import Phase
 from migrate.agent.steering import address_of
+from migrate.agent.whereabouts import living, taken_again
 from migrate.bulk import dump_many, release_many
 from migrate.checkpoint import thaw
 from migrate.errors import Error, Gone, HostError, RemoteError
@@ -31,10 +33,11 @@ from migrate.handoff.messages import Message, Offer, Released
 from migrate.handoff.source import SourceHandoff
 from migrate.ici import Ici
 from migrate.kernel import segment, sockopt
-from migrate.kernel.diag import SockDiag
-from migrate.kernel.pidfd import owners_of
 from migrate.kernel.priority import undisturbed
-from migrate.selection import Found, Takers
+from migrate.selection import Found
+
+if TYPE_CHECKING:
+    from migrate.agent.turns import Turns
 
 __all__ = ["BUSY", "NOT_QUIET", "Departure", "Departures"]
 
@@ -56,7 +59,8 @@ class Departure(Handoff):
     """One batch on its way out, at once, or as one of these says.
 
     ``when_quiet``: the time in seconds to wait for the first quiet ones; ``thorough`` of those that quick attempts have
-    not found quiet. ``loan``: they are an application's.
+    not found quiet. ``loan``: they are an application's. ``turns``: when they are prepared, they wait there. ``last``:
+    with them their address leaves, so they go when all others have gone, if then ``may_go`` says so.
     """
 
     def __init__(
@@ -69,6 +73,9 @@ class Departure(Handoff):
         thorough: bool = False,
         loan: Loan | None = None,
         report: Results = lambda *_: None,
+        turns: Turns | None = None,
+        last: bool = False,
+        may_go: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__(machine, driver)
         self.sockets.update(sockets or {})
@@ -76,6 +83,11 @@ class Departure(Handoff):
         self.thorough = thorough
         self.loan = loan
         self.report = report
+        self.turns = turns
+        self.last = last
+        self.may_go = may_go
+        self.withdrawn = False  # before its turn came, or instead of it
+        self.turn_at = 0.0  # seconds, time.monotonic()
         self.frozen: dict[FourTuple, Ici] = {}
         self.left_out: dict[bytes, str] = {}  # refused by this side, and why: the other only sees that they are missing
         self.gone: set[bytes] = set()  # ended by themselves
@@ -105,6 +117,7 @@ class Departures(Driver):
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)
+        self._newest: dict[FourTuple, Departure] = {}  # the batch that began last, of each connection
         self.handlers |= {
             do.LiftHold: self._lift_hold,
             do.Freeze: self._freeze,
@@ -119,6 +132,7 @@ class Departures(Driver):
     def begin(self, batch: Departure) -> None:
         """A new batch."""
         self.batches[batch.machine.batch] = batch
+        self._newest.update(dict.fromkeys(tuples_of(batch.machine.connections), batch))
         self.host.metrics.batches("source", 1)
         if batch.stream is None:
             batch.stream = self.host.dial(batch.machine.peer)
@@ -135,13 +149,12 @@ class Departures(Driver):
 
     def free(self, found: Sequence[Found]) -> list[Found]:
         """Those that are not on their way already, for another caller."""
-        busy = {
-            connection.four_tuple
-            for batch in self.batches.values()
-            if batch.machine.state.name not in _SETTLED
-            for connection in batch.machine.moving
-        }
-        return [each for each in found if each.connection.four_tuple not in busy]
+        return [each for each in found if not self._busy(each.connection.four_tuple)]
+
+    def _busy(self, four_tuple: FourTuple) -> bool:
+        batch = self._newest.get(four_tuple)
+        on_its_way = () if batch is None or batch.machine.state.name in _SETTLED else batch.machine.moving
+        return any(connection.four_tuple == four_tuple for connection in on_its_way)
 
     def dumped(self, id: bytes, epoch: int) -> bool:
         """Whether a dump that is not over has let go of it. Raises RemoteError while that is being decided."""
@@ -159,13 +172,14 @@ class Departures(Driver):
         if row.peer == CALLER:
             times = msgspec.structs.replace(times, linger=HOLD)
         batch = self.batches[row.batch] = Departure(SourceHandoff.recover(row, times), self)
+        self._newest.update(dict.fromkeys(tuples_of(row.connections), batch))
         if row.peer == CALLER:
             batch.stream = self.taker()
         self.host.metrics.batches("source", 1)
         self.host.holds.claim(row.batch, tuples_of(row.connections))
         if path := self.host.adopters.application(row.connections[0].four_tuple):
             batch.loan = Loan(path, self.host.adopters, {})
-        _find(batch, row.connections)
+        batch.sockets.update(taken_again(tuples_of(row.connections)))
         self.host.engine.give(batch, Restarted())
 
     def answer(self, stream: object, peer: str, message: Message) -> None:
@@ -181,10 +195,20 @@ class Departures(Driver):
             if batch.sending and batch.stream is not None:
                 self._send_on(batch)
 
+    def lost(self, stream: Stream) -> None:
+        """That stream has broken."""
+        waiting = {batch.turns for batch in self.batches.values() if batch.turns and batch.stream is stream}
+        super().lost(stream)
+        for turns in waiting:
+            turns.look()
+
     def ended(self, batch: Batch) -> None:
         """See `engine.Performer`."""
         known = self.batches.pop(batch.machine.batch, None)
         if known is not None:
+            for each in tuples_of(known.machine.connections):
+                if self._newest.get(each) is known:
+                    del self._newest[each]
             known.close()
             self.host.metrics.batches("source", -1)
             if not self.batches:
@@ -197,15 +221,22 @@ class Departures(Driver):
             self.host.holds.expire(batch.machine.batch, gone, batch.machine.times.linger)
         return super()._forget(batch, command)
 
-    def _hold(self, batch: Departure, command: do.Hold) -> None:  # type: ignore[override]
-        if batch.loan is not None:
-            return  # when the application has answered
+    def _hold(self, batch: Departure, command: do.Hold) -> Again | None:  # type: ignore[override]
+        if batch.machine.over:  # before its turn came
+            return None
+        if batch.turns is not None and not batch.turns.come(batch):
+            return Again("others go first", by_itself=False)
+        if batch.loan is not None:  # when the application has answered
+            return None
         batch.passed("prepare")
         batch.frozen_at = time.monotonic_ns()
         if batch.when_quiet is None:
             super()._hold(batch, command)
+        return None
 
     def _freeze(self, batch: Departure, command: do.Freeze) -> Event | Later | Again | None:
+        if batch.machine.over:  # it was stopped meanwhile
+            return None
         if batch.loan is not None:
             return self._freeze_lent(batch, batch.loan, command)
         if batch.when_quiet is not None:
@@ -246,8 +277,6 @@ class Departures(Driver):
 
             threading.Thread(target=ask, name="ask", daemon=True).start()
             return Again("its application is asked", by_itself=False)
-        if batch.machine.over:  # it was stopped meanwhile
-            return None
         given = [each for each in command.connections if each.four_tuple in loan.states]
         batch.passed("prepare")
         batch.frozen_at = time.monotonic_ns()
@@ -297,6 +326,8 @@ class Departures(Driver):
         batch.frozen.clear()
         if batch.loan is not None:
             batch.loan.gone(tuples_of(command.connections))
+        if batch.turns is not None:
+            batch.turns.decided(batch)
 
     def _send_kept(self, batch: Departure, command: do.SendKept) -> None:
         if batch.stream is None and command.dial:
@@ -348,7 +379,7 @@ class Departures(Driver):
                 raise
             owner = b""
         if command.steer.startswith("vip:"):
-            staying = {each.local for each in _living(gone)} if batch.machine.refused else set()
+            staying = {each.local for each in living(gone)} if batch.machine.refused else set()
             self.host.carrier.also(staying)
         self.host.steerer.give(command.steer, gone, owner, self.steered(batch))
         return None
@@ -364,22 +395,6 @@ class Departures(Driver):
         self.host.metrics.connections("source", "stayed", len(command.refused) - len(batch.gone))
         self.host.metrics.connections("source", "gone", len(batch.gone))
         self.host.metrics.connections("source", "moved", len(batch.machine.connections) - len(command.refused))
+        if batch.turns is not None:
+            batch.turns.over(batch)
         batch.report(batch, command.outcome, command.refused)
-
-
-def _living(gone: Sequence[FourTuple]) -> list[FourTuple]:
-    """Connections here with the local addresses of those that are gone."""
-    addresses = {each.local for each in gone}
-    with SockDiag() as diag:
-        return [each.four_tuple for each in diag.list_connections() if each.four_tuple.local in addresses]
-
-
-def _find(batch: Departure, connections: Sequence[Connection]) -> None:
-    """After a restart: the sockets, by four-tuple, out of their owners."""
-    wanted = {connection.four_tuple for connection in connections}
-    with SockDiag() as diag:
-        found = {each.four_tuple: each.inode for each in diag.list_connections() if each.four_tuple in wanted}
-    owners = owners_of({inode for inode in found.values() if inode})
-    with Takers() as takers:
-        sockets, _ = takers.take({each: owners.get(inode, ()) for each, inode in found.items()})
-    batch.sockets.update(sockets)
