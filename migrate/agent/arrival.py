@@ -223,7 +223,7 @@ class Arrivals(Driver):
         for connection in connections:
             try:
                 record = Ici.decode(records[connection.id])
-                said = record.id, record.epoch, record.four_tuple
+                said = record.id, record.epoch, (record.local, record.local_port, record.remote, record.remote_port)
                 if said != (connection.id, connection.epoch, connection.four_tuple):
                     raise Conflict("its record is of another connection")
             except Error as error:
