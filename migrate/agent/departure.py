@@ -39,7 +39,7 @@ from migrate.selection import Found
 if TYPE_CHECKING:
     from migrate.agent.turns import Turns
 
-__all__ = ["BUSY", "NOT_QUIET", "Departure", "Departures"]
+__all__ = ["BUSY", "GIVEN", "NOT_QUIET", "Departure", "Departures"]
 
 NOT_QUIET = "it was not quiet"
 """Why a connection is refused that may be tried again."""
@@ -47,7 +47,9 @@ NOT_QUIET = "it was not quiet"
 BUSY = "another caller moves it at this moment"
 """Why a connection is left to that caller."""
 
-_GIVEN = ("RELEASED", "LINGERING", "MOVED")
+GIVEN = ("RELEASED", "LINGERING", "MOVED")
+"""States in which the destination has a batch, but for what is refused."""
+
 _SETTLED = ("LINGERING", "MOVED", "SETTLING", "STAYED")  # the connection is not this batch's any more
 
 _log = get_logger(__name__)
@@ -60,7 +62,7 @@ class Departure(Handoff):
 
     ``when_quiet``: the time in seconds to wait for the first quiet ones; ``thorough`` of those that quick attempts have
     not found quiet. ``loan``: they are an application's. ``turns``: when they are prepared, they wait there. ``last``:
-    with them their address leaves, so they go when all others have gone, if then ``may_go`` says so.
+    with them their address leaves, so they go when all others have gone, and only if nobody else has it.
     """
 
     def __init__(
@@ -75,7 +77,6 @@ class Departure(Handoff):
         report: Results = lambda *_: None,
         turns: Turns | None = None,
         last: bool = False,
-        may_go: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__(machine, driver)
         self.sockets.update(sockets or {})
@@ -85,7 +86,6 @@ class Departure(Handoff):
         self.report = report
         self.turns = turns
         self.last = last
-        self.may_go = may_go
         self.withdrawn = False  # before its turn came, or instead of it
         self.turn_at = 0.0  # seconds, time.monotonic()
         self.frozen: dict[FourTuple, Ici] = {}
@@ -160,7 +160,7 @@ class Departures(Driver):
         """Whether a dump that is not over has let go of it. Raises RemoteError while that is being decided."""
         for batch in self.batches.values():
             if batch.machine.peer == CALLER and (id, epoch) in {(c.id, c.epoch) for c in batch.machine.connections}:
-                if batch.machine.state.name in _GIVEN:
+                if batch.machine.state.name in GIVEN:
                     return id not in batch.machine.refused
                 if not batch.machine.over:
                     raise RemoteError("it is being decided at this moment", hint="ask again")

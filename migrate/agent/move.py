@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 
 from migrate.agent.applications import Lender, lenders
 from migrate.agent.departure import Departures
-from migrate.agent.passage import PASSING, WINDOW, Passage, cut
+from migrate.agent.passage import WINDOW, Passage, cut
 from migrate.agent.rehearsal import rehearse
 from migrate.agent.reports import Outcomes, Reporter
 from migrate.agent.v1 import migration_pb2, types_pb2
+from migrate.agent.whereabouts import PASSING
 from migrate.agent.wish import Wish
 from migrate.errors import Error, NotFound, Refused
 from migrate.fourtuple import FourTuple, endpoint_text

@@ -23,6 +23,7 @@ from migrate.agent.reports import Reporter, stayed
 from migrate.agent.steering import FOREIGN, foreign
 from migrate.agent.turns import Turns
 from migrate.agent.v1 import types_pb2
+from migrate.agent.whereabouts import others_at
 from migrate.agent.wish import Wish
 from migrate.errors import Conflict, Error, HostError, Refused, UsageError
 from migrate.fourtuple import FourTuple
@@ -30,23 +31,20 @@ from migrate.handoff.events import Cancel
 from migrate.handoff.ids import new_id
 from migrate.handoff.machine import Times
 from migrate.handoff.source import SourceHandoff
-from migrate.selection import Found, Selector, Takers, find
-from migrate.tcpstate import TcpState
+from migrate.selection import Found, Takers
 
-__all__ = ["BATCH", "PASSING", "WINDOW", "Passage", "cut"]
+__all__ = ["BATCH", "WINDOW", "Passage", "cut"]
 
-BATCH = 96  # connections
+BATCH = 128  # connections
 BATCH_BYTES = 4 << 20  # of their queues
-WINDOW = 3  # batches that stand still at a time
+WINDOW = 2  # batches that stand still at a time
 AHEAD, AHEAD_BYTES = 12_288, 256 << 20  # connections, and bytes of their queues, that are prepared or moving at a time
 _ASKED = 4  # batches at a time about which the destination is asked: it has others to serve
 _SHARE = 0.75  # of the descriptors that are left, at most, for connections that are prepared
 _THOROUGH = 0.8  # of the time for quiet points: from then on it is looked longer, which holds connections for longer
 PATIENCE = 30.0  # seconds until a batch that is not decided is reported as in doubt
 _LOOK = 1.0  # seconds between two looks for such batches
-
-PASSING = {TcpState.TIME_WAIT, TcpState.SYN_RECEIVED}
-"""What ends or begins by itself."""
+_TOLD = 0.5  # seconds that the caller hears nothing of what has moved, at most: what stands still comes first
 
 
 @dataclass(eq=False)
@@ -93,6 +91,8 @@ class Passage:
         self._waiting: deque[Sequence[Found]] = deque()
         self._begun: set[_Part] = set()
         self._again: list[Found] = []
+        self._moved: list[tuple[_Part, Departure]] = []  # of which the caller has not heard
+        self._told_at = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._news: deque[Callable[[], None]] = deque()
         self._changed = asyncio.Event()
@@ -102,18 +102,25 @@ class Passage:
 
     async def run(self, found: Sequence[Found]) -> list[Found]:
         """Move these. Those that stayed, unless it is the final destination, may be tried elsewhere."""
-        for group in _by_address(found) if self._by_vip else [found]:
-            self._waiting.extend(self._cut(group))
-            self._begin_more()
-            while self._begun:
-                look = self._loop.call_later(_LOOK, self._look)
-                await self._changed.wait()
-                look.cancel()
-                self._changed.clear()
-                while self._news:
-                    self._news.popleft()()
-                self._begin_more()
+        looking = self._loop.create_task(self._look())
+        try:
+            for group in _by_address(found) if self._by_vip else [found]:
+                self._waiting.extend(self._cut(group))
+                await self._move_waiting()
+        finally:
+            looking.cancel()
         return self._again
+
+    async def _move_waiting(self) -> None:
+        self._begin_more()
+        while self._begun:
+            await self._changed.wait()
+            self._changed.clear()
+            while self._news:
+                self._news.popleft()()
+            self._begin_more()
+            if not self._begun or time.monotonic() > self._told_at + _TOLD:
+                self._report_moved()
 
     def abort(self) -> None:
         """Start nothing more; what is not offered stays."""
@@ -151,23 +158,32 @@ class Passage:
             and sum(part.size for part in self._begun) < AHEAD_BYTES
         )
 
-    def _look(self) -> None:
+    async def _look(self) -> None:
         """For batches that were not decided in time."""
-        for part in list(self._begun):
-            batch = part.batch
-            if batch is not None and batch.turn_at and time.monotonic() > batch.turn_at + PATIENCE + part.quiet:
-                self._ended(part, batch, "doubt", batch.machine.refused)
-                self._engine.call(partial(self._turns.over, batch))
-        self._changed.set()
+        while True:
+            await asyncio.sleep(_LOOK)
+            for part in list(self._begun):
+                batch = part.batch
+                if batch is not None and batch.turn_at and time.monotonic() > batch.turn_at + PATIENCE + part.quiet:
+                    self._ended(part, batch, "doubt", batch.machine.refused)
+                    self._engine.call(partial(self._turns.over, batch))
+            self._changed.set()
 
     def _tell(self, news: Callable[[], None]) -> None:
-        # From the engine's thread.
+        # From the engine's thread, as what follows.
         self._news.append(news)
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._changed.set)
 
+    def _on_end(self, part: _Part, batch: Departure, outcome: str, refused: Mapping[bytes, str]) -> None:
+        ended = partial(self._ended, part, batch, outcome, refused)
+        soon = self._waiting or self._turns.idle or time.monotonic() > self._told_at + _TOLD
+        if soon or refused or outcome != "moved":
+            self._tell(ended)
+        else:  # nobody waits for it, and to wake the loop up costs those time that stand still
+            self._news.append(ended)
+
     def _on_prepared(self, batch: Departure) -> None:
-        # In the engine's thread.
         def prepared() -> None:
             for part in self._begun:
                 if part.batch is batch:
@@ -180,7 +196,7 @@ class Passage:
         return [batch for group in by_application(found, self._lenders) for batch in cut(group)]
 
     def _start(self, part: _Part, last: bool, others: bool) -> None:
-        # In the engine's thread. ``last``: nobody waits who could be begun; ``others`` are on their way.
+        # ``last``: nobody waits who could be begun; ``others`` are on their way.
         try:
             batch = self._departure(part, last, others)
         except Error as error:
@@ -220,10 +236,9 @@ class Passage:
             when_quiet=quiet,
             thorough=quiet is not None and quiet < _THOROUGH * (self._wish.when_quiet or 0),
             loan=loan_of(host.adopters, sockets, self._lenders),
-            report=lambda *said: self._tell(partial(self._ended, part, *said)),
+            report=partial(self._on_end, part),
             turns=self._turns,
             last=going,
-            may_go=lambda: not going or not _others_at(found),
         )
 
     def _steering(self, found: Sequence[Found], last: bool, others: bool) -> str:
@@ -232,7 +247,7 @@ class Passage:
         Where ``others`` are still on their way, it is looked once more when they have gone.
         """
         words = self._wish.steer
-        if not self._by_vip or (last and (others or not _others_at(found))):
+        if not self._by_vip or (last and (others or not others_at({each.connection.four_tuple for each in found}))):
             return words
         try:
             odd = foreign([each.connection.four_tuple for each in found], self._destination)
@@ -257,6 +272,18 @@ class Passage:
         if part not in self._begun:  # it was given up
             return
         self._begun.discard(part)
+        if outcome == "moved" and not refused:
+            self._moved.append((part, batch))
+        else:
+            self._report(part, batch, outcome, refused)
+
+    def _report_moved(self) -> None:
+        for part, batch in self._moved:
+            self._report(part, batch, "moved", {})
+        self._moved.clear()
+        self._told_at = time.monotonic()
+
+    def _report(self, part: _Part, batch: Departure, outcome: str, refused: Mapping[bytes, str]) -> None:
         by_tuple = {each.connection.four_tuple: each for each in part.found}
         results: dict[FourTuple, tuple[int, Error | None]] = {}
         again: list[Found] = []
@@ -295,18 +322,6 @@ class Passage:
 
     def _leave(self, found: Sequence[Found], why: Error) -> None:
         self._reporter.result(stayed([each.connection.four_tuple for each in found], why))
-
-
-def _others_at(found: Sequence[Found]) -> bool:
-    """Whether connections besides these have their local addresses."""
-    going = {each.connection.four_tuple for each in found}
-    local = {each.local for each in going}
-    return any(
-        each.connection.four_tuple.local in local
-        and each.connection.four_tuple not in going
-        and each.connection.state not in PASSING
-        for each in find(Selector(), owners=False)
-    )
 
 
 def _times(times: Times, quiet: float | None) -> Times:

@@ -9,8 +9,12 @@ from migrate.fourtuple import FourTuple
 from migrate.kernel.diag import SockDiag
 from migrate.kernel.pidfd import owners_of
 from migrate.selection import Takers
+from migrate.tcpstate import TcpState
 
-__all__ = ["living", "taken_again"]
+__all__ = ["PASSING", "living", "others_at", "taken_again"]
+
+PASSING = {TcpState.TIME_WAIT, TcpState.SYN_RECEIVED}
+"""What ends or begins by itself."""
 
 
 def living(gone: Sequence[FourTuple]) -> list[FourTuple]:
@@ -18,6 +22,16 @@ def living(gone: Sequence[FourTuple]) -> list[FourTuple]:
     addresses = {each.local for each in gone}
     with SockDiag() as diag:
         return [each.four_tuple for each in diag.list_connections() if each.four_tuple.local in addresses]
+
+
+def others_at(going: Collection[FourTuple]) -> bool:
+    """Whether connections here besides these have their local addresses."""
+    local = {each.local for each in going}
+    with SockDiag() as diag:
+        return any(
+            each.four_tuple.local in local and each.four_tuple not in going and each.state not in PASSING
+            for each in diag.list_connections()
+        )
 
 
 def taken_again(wanted: Collection[FourTuple]) -> dict[FourTuple, socket.socket]:
