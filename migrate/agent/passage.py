@@ -44,7 +44,7 @@ _SHARE = 0.75  # of the descriptors that are left, at most, for connections that
 _THOROUGH = 0.8  # of the time for quiet points: from then on it is looked longer, which holds connections for longer
 PATIENCE = 30.0  # seconds until a batch that is not decided is reported as in doubt
 _LOOK = 1.0  # seconds between two looks for such batches
-_TOLD = 0.5  # seconds that the caller hears nothing of what has moved, at most: what stands still comes first
+_TOLD = 1.0  # seconds until the caller hears of what has moved: what stands still comes first
 
 
 @dataclass(eq=False)
@@ -91,8 +91,8 @@ class Passage:
         self._waiting: deque[Sequence[Found]] = deque()
         self._begun: set[_Part] = set()
         self._again: list[Found] = []
-        self._moved: list[tuple[_Part, Departure]] = []  # of which the caller has not heard
-        self._told_at = time.monotonic()
+        self._moved: deque[tuple[_Part, Departure]] = deque()  # of which the caller has not heard
+        self._told_at = time.monotonic()  # or since when the oldest of these has waited
         self._loop = asyncio.get_running_loop()
         self._news: deque[Callable[[], None]] = deque()
         self._changed = asyncio.Event()
@@ -119,8 +119,10 @@ class Passage:
             while self._news:
                 self._news.popleft()()
             self._begin_more()
-            if not self._begun or time.monotonic() > self._told_at + _TOLD:
-                self._report_moved()
+            while self._moved and not self._begun:
+                self._report_oldest()
+            if self._moved and time.monotonic() > self._told_at + _TOLD:
+                self._report_oldest()  # no more at once: each takes a millisecond
 
     def abort(self) -> None:
         """Start nothing more; what is not offered stays."""
@@ -274,14 +276,15 @@ class Passage:
         self._begun.discard(part)
         if outcome == "moved" and not refused:
             self._moved.append((part, batch))
+            self._told_at = self._moved[0][1].active_at / 1e9
         else:
             self._report(part, batch, outcome, refused)
 
-    def _report_moved(self) -> None:
-        for part, batch in self._moved:
-            self._report(part, batch, "moved", {})
-        self._moved.clear()
-        self._told_at = time.monotonic()
+    def _report_oldest(self) -> None:
+        part, batch = self._moved.popleft()
+        self._report(part, batch, "moved", {})
+        if self._moved:
+            self._told_at = self._moved[0][1].active_at / 1e9
 
     def _report(self, part: _Part, batch: Departure, outcome: str, refused: Mapping[bytes, str]) -> None:
         by_tuple = {each.connection.four_tuple: each for each in part.found}
