@@ -27,7 +27,7 @@ def refusals(
     unwanted = host.adopters.refusals(tuples)
     homeless = host.carrier.obstacles({each.local for each in tuples})
     here = diag.existing(tuples)
-    left = _descriptors_left()
+    left = descriptors_left()
     for connection in connections:
         if connection.id in refused:
             continue
@@ -64,7 +64,7 @@ def _cut_off(
     }
 
 
-def _descriptors_left() -> int:
+def descriptors_left() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Since Linux 6.2 the directory's size is their number, which is quicker than to list thousands.
     return soft - (os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))) - 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shlex
 import shutil
@@ -65,14 +66,18 @@ class Adopters:
         self.offering = ThreadPoolExecutor(_OFFERS, thread_name_prefix="offer")
         self._rules = sorted(rules, key=lambda rule: (rule.local is None, bool(rule.local and rule.local[1] is None)))
         self._spawner = spawner
+        self._rule = functools.lru_cache(maxsize=1024)(self._find)
 
     def rule_for(self, four_tuple: FourTuple) -> Rule | None:
         """Who gets this connection, or None: nobody."""
+        return self._rule(four_tuple.local, four_tuple.local_port)
+
+    def _find(self, local: bytes, local_port: int) -> Rule | None:
         for rule in self._rules:
             if rule.local is None:
                 return rule
             address, port = rule.local
-            if address in (b"", four_tuple.local) and port in (None, four_tuple.local_port):
+            if address in (b"", local) and port in (None, local_port):
                 return rule
         return None
 

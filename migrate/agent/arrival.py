@@ -35,6 +35,7 @@ from migrate.kernel.diag import SockDiag
 from migrate.kernel.segment import four_tuple
 from migrate.rebuild import activate_many, restore_many
 from migrate.restore import Restored, discard
+from migrate.tcpstate import TcpState
 
 __all__ = ["Arrival", "Arrivals"]
 
@@ -55,7 +56,6 @@ class Arrival(Handoff):
         self.gates: list[Gate] = []
         self.offers: dict[FourTuple, AppAdoption] = {}  # what applications took
         self.offering = False  # beside the commands, after a restart
-        self.cookies: dict[int, bytes] = {}
         self.kept: list[bytes] = []  # by the source's hold, for sockets that are not active yet
         self.room = EARLY
         self.active = False
@@ -188,6 +188,10 @@ class Arrivals(Driver):
         """See `admission.refusals`."""
         return admission.refusals(self.host, self._diag, connections, steer, source)
 
+    def _hold(self, batch: Batch, command: do.Hold) -> None:
+        # What arrives. Nothing departs before a socket is there, and of those that are built few could say anything.
+        self.host.holds.hold(batch.machine.batch, tuples_of(command.connections), outgoing=False)
+
     def _carry(self, batch: Arrival, command: do.Carry) -> None:
         self.host.carrier.carry({each.local for each in tuples_of(command.connections)})
 
@@ -227,13 +231,15 @@ class Arrivals(Driver):
         for connection in connections:
             try:
                 record = Ici.decode(records[connection.id])
-                said = record.id, record.epoch, record.four_tuple
+                said = record.id, record.epoch, (record.local, record.local_port, record.remote, record.remote_port)
                 if said != (connection.id, connection.epoch, connection.four_tuple):
                     raise Conflict("its record is of another connection")
             except Error as error:
                 refused[connection.id] = error.what
             else:
                 good.append((connection, record))
+        if timed := [connection.four_tuple for connection, record in good if _has_timers(record)]:
+            self.host.holds.hold(batch.machine.batch, timed)
         built = restore_many([record for _, record in good], activate=False)
         for (connection, record), sock in zip(good, built, strict=True):
             if isinstance(sock, Error):
@@ -352,11 +358,11 @@ class Arrivals(Driver):
         batch.close()
 
     def _forget(self, batch: Arrival, command: do.Forget) -> Again | None:  # type: ignore[override]
-        if batch.cookies:
-            self.host.journal.remember(batch.cookies)
-            batch.cookies = {}
+        again = super()._forget(batch, command)
+        if batch.cookies and again is None:
             self.host.metrics.connections("destination", "moved", len(command.moved))
-        return super()._forget(batch, command)
+            batch.cookies = {}
+        return again
 
     def _steer(self, batch: Arrival, command: do.Steer) -> None:
         if not command.steer:
@@ -368,6 +374,12 @@ class Arrivals(Driver):
         except HostError:
             refused, owner = [], b""
         self.host.steerer.take(command.steer, mine, refused, owner, self.steered(batch))
+
+
+def _has_timers(record: Ici) -> bool:
+    """Whether a silent socket of it might send something by itself, if it is silent for long."""
+    idle = record.state == TcpState.ESTABLISHED and not (record.sent or record.unsent)
+    return not idle or "SO_KEEPALIVE" in record.options
 
 
 def _about(packet: bytes) -> FourTuple | None:

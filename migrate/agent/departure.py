@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
@@ -14,13 +13,14 @@ import msgspec
 from migrate import quiet
 from migrate.agent.applications import Loan
 from migrate.agent.caller import CALLER, HOLD, Taker
-from migrate.agent.driver import Driver, Handoff, Host, tuples_of
-from migrate.agent.engine import Again, Batch, Later
+from migrate.agent.driver import Driver, Host, tuples_of
+from migrate.agent.engine import Again, Batch, Later, Stream
 from migrate.agent.holds import FromAnotherThread
-from migrate.agent.kept import SentOn, readdressed
+from migrate.agent.kept import readdressed
 from migrate.agent.logging import get_logger
-from migrate.agent.metrics import Phase
-from migrate.agent.steering import address_of, sharing
+from migrate.agent.outbound import GIVEN, NOT_QUIET, Departure
+from migrate.agent.steering import address_of
+from migrate.agent.whereabouts import living, taken_again
 from migrate.bulk import dump_many, release_many
 from migrate.checkpoint import thaw
 from migrate.errors import Error, Gone, HostError, RemoteError
@@ -30,75 +30,16 @@ from migrate.handoff.events import Event, Frozen, Restarted, Start
 from migrate.handoff.ids import Connection
 from migrate.handoff.messages import Committed, Kept, Message, Offer, Released
 from migrate.handoff.source import SourceHandoff
-from migrate.ici import Ici
 from migrate.kernel import sockopt
-from migrate.kernel.diag import SockDiag
-from migrate.kernel.pidfd import owners_of
 from migrate.kernel.priority import undisturbed
-from migrate.selection import Found, Takers
+from migrate.selection import Found
 
-__all__ = ["BUSY", "NOT_QUIET", "Departure", "Departures"]
+__all__ = ["Departures"]
 
-NOT_QUIET = "it was not quiet"
-"""Why a connection is refused that may be tried again."""
-
-BUSY = "another caller moves it at this moment"
-"""Why a connection is left to that caller."""
-
-_GIVEN = ("RELEASED", "LINGERING", "MOVED")
 _GATHER = 0.001  # seconds in which what arrives is gathered, once something was sent on
 _SETTLED = ("LINGERING", "MOVED", "SETTLING", "STAYED")  # the connection is not this batch's any more
 
 _log = get_logger(__name__)
-
-Results = Callable[["Departure", str, Mapping[bytes, str]], None]
-
-
-class Departure(Handoff):
-    """One batch on its way out, at once, or as one of these says.
-
-    ``when_quiet``: the time in seconds to wait for the first quiet ones; ``thorough`` of those that quick attempts have
-    not found quiet. ``loan``: they are an application's.
-    """
-
-    def __init__(
-        self,
-        machine: SourceHandoff,
-        driver: Departures,
-        sockets: Mapping[FourTuple, socket.socket] | None = None,
-        *,
-        when_quiet: float | None = None,
-        thorough: bool = False,
-        loan: Loan | None = None,
-        report: Results = lambda *_: None,
-    ) -> None:
-        super().__init__(machine, driver)
-        self.sockets.update(sockets or {})
-        self.when_quiet = when_quiet
-        self.thorough = thorough
-        self.loan = loan
-        self.report = report
-        self.frozen: dict[FourTuple, Ici] = {}
-        self.left_out: dict[bytes, str] = {}  # refused by this side, and why: the other only sees that they are missing
-        self.gone: set[bytes] = set()  # ended by themselves
-        self.frozen_at = self.active_at = 0  # CLOCK_MONOTONIC, nanoseconds
-        self.phases: list[tuple[Phase, int, int]] = []  # begin and length of each, on the same clock
-        self._since = time.monotonic_ns()
-        self.record_bytes = 0
-        self.sending = False  # what the hold keeps goes to the destination as it comes
-        self.sent = SentOn()
-
-    def passed(self, phase: Phase) -> None:
-        """That phase ends now; it began when the one before it ended."""
-        now = time.monotonic_ns()
-        self.phases.append((phase, self._since, now - self._since))
-        self._since = now
-
-    def close(self) -> None:
-        """The sockets, and what is said to the application."""
-        super().close()
-        if self.loan is not None:
-            self.loan.close()
 
 
 class Departures(Driver):
@@ -109,6 +50,7 @@ class Departures(Driver):
     def __init__(self, host: Host) -> None:
         super().__init__(host)
         self._gathering = False
+        self._newest: dict[FourTuple, Departure] = {}  # the batch that began last, of each connection
         self.handlers |= {
             do.LiftHold: self._lift_hold,
             do.Freeze: self._freeze,
@@ -124,6 +66,7 @@ class Departures(Driver):
     def begin(self, batch: Departure) -> None:
         """A new batch."""
         self.batches[batch.machine.batch] = batch
+        self._newest.update(dict.fromkeys(tuples_of(batch.machine.connections), batch))
         self.host.metrics.batches("source", 1)
         if batch.stream is None:
             batch.stream = self.host.dial(batch.machine.peer)
@@ -140,19 +83,18 @@ class Departures(Driver):
 
     def free(self, found: Sequence[Found]) -> list[Found]:
         """Those that are not on their way already, for another caller."""
-        busy = {
-            connection.four_tuple
-            for batch in self.batches.values()
-            if batch.machine.state.name not in _SETTLED
-            for connection in batch.machine.moving
-        }
-        return [each for each in found if each.connection.four_tuple not in busy]
+        return [each for each in found if not self._busy(each.connection.four_tuple)]
+
+    def _busy(self, four_tuple: FourTuple) -> bool:
+        batch = self._newest.get(four_tuple)
+        on_its_way = () if batch is None or batch.machine.state.name in _SETTLED else batch.machine.moving
+        return any(connection.four_tuple == four_tuple for connection in on_its_way)
 
     def dumped(self, id: bytes, epoch: int) -> bool:
         """Whether a dump that is not over has let go of it. Raises RemoteError while that is being decided."""
         for batch in self.batches.values():
             if batch.machine.peer == CALLER and (id, epoch) in {(c.id, c.epoch) for c in batch.machine.connections}:
-                if batch.machine.state.name in _GIVEN:
+                if batch.machine.state.name in GIVEN:
                     return id not in batch.machine.refused
                 if not batch.machine.over:
                     raise RemoteError("it is being decided at this moment", hint="ask again")
@@ -164,13 +106,14 @@ class Departures(Driver):
         if row.peer == CALLER:
             times = msgspec.structs.replace(times, linger=HOLD)
         batch = self.batches[row.batch] = Departure(SourceHandoff.recover(row, times), self)
+        self._newest.update(dict.fromkeys(tuples_of(row.connections), batch))
         if row.peer == CALLER:
             batch.stream = self.taker()
         self.host.metrics.batches("source", 1)
         self.host.holds.claim(row.batch, tuples_of(row.connections))
         if path := self.host.adopters.application(row.connections[0].four_tuple):
             batch.loan = Loan(path, self.host.adopters, {})
-        _find(batch, row.connections)
+        batch.sockets.update(taken_again(tuples_of(row.connections)))
         self.host.engine.give(batch, Restarted())
 
     def answer(self, stream: object, peer: str, message: Message) -> None:
@@ -193,10 +136,20 @@ class Departures(Driver):
         self._gathering = False
         self.kept()
 
+    def lost(self, stream: Stream) -> None:
+        """That stream has broken."""
+        waiting = {batch.turns for batch in self.batches.values() if batch.turns and batch.stream is stream}
+        super().lost(stream)
+        for turns in waiting:
+            turns.look()
+
     def ended(self, batch: Batch) -> None:
         """See `engine.Performer`."""
         known = self.batches.pop(batch.machine.batch, None)
         if known is not None:
+            for each in tuples_of(known.machine.connections):
+                if self._newest.get(each) is known:
+                    del self._newest[each]
             known.close()
             self.host.metrics.batches("source", -1)
             if not self.batches:
@@ -209,15 +162,22 @@ class Departures(Driver):
             self.host.holds.expire(batch.machine.batch, gone, batch.machine.times.linger)
         return super()._forget(batch, command)
 
-    def _hold(self, batch: Departure, command: do.Hold) -> None:  # type: ignore[override]
-        if batch.loan is not None:
-            return  # when the application has answered
+    def _hold(self, batch: Departure, command: do.Hold) -> Again | None:  # type: ignore[override]
+        if batch.machine.over:  # before its turn came
+            return None
+        if batch.turns is not None and not batch.turns.come(batch):
+            return Again("others go first", by_itself=False)
+        if batch.loan is not None:  # when the application has answered
+            return None
         batch.passed("prepare")
         batch.frozen_at = time.monotonic_ns()
         if batch.when_quiet is None:
             super()._hold(batch, command)
+        return None
 
     def _freeze(self, batch: Departure, command: do.Freeze) -> Event | Later | Again | None:
+        if batch.machine.over:  # it was stopped meanwhile
+            return None
         if batch.loan is not None:
             return self._freeze_lent(batch, batch.loan, command)
         if batch.when_quiet is not None:
@@ -258,8 +218,6 @@ class Departures(Driver):
 
             threading.Thread(target=ask, name="ask", daemon=True).start()
             return Again("its application is asked", by_itself=False)
-        if batch.machine.over:  # it was stopped meanwhile
-            return None
         given = [each for each in command.connections if each.four_tuple in loan.states]
         batch.passed("prepare")
         batch.frozen_at = time.monotonic_ns()
@@ -311,6 +269,8 @@ class Departures(Driver):
         batch.frozen.clear()
         if batch.loan is not None:
             batch.loan.gone(tuples_of(command.connections))
+        if batch.turns is not None:
+            batch.turns.decided(batch)
 
     def _send(self, batch: Departure, command: do.Send) -> None:  # type: ignore[override]
         super()._send(batch, command)
@@ -330,7 +290,7 @@ class Departures(Driver):
         batch.passed("release")
 
     def _send_on(self, batch: Departure) -> None:
-        released = batch.machine.state.name in _GIVEN
+        released = batch.machine.state.name in GIVEN
         if batch.stream is None or (batch.sent.full and not released):
             return  # it stays in the hold
         kept = self._kept(batch, batch.machine.moving, copy=not released)
@@ -365,7 +325,7 @@ class Departures(Driver):
                 raise
             owner = b""
         if command.steer.startswith("vip:"):
-            staying = {each.local for each in sharing(gone)} if batch.machine.refused else set()
+            staying = {each.local for each in living(gone)} if batch.machine.refused else set()
             self.host.carrier.also(staying)
         self.host.steerer.give(command.steer, gone, owner, self.steered(batch))
         return None
@@ -380,15 +340,6 @@ class Departures(Driver):
         self.host.metrics.connections("source", "stayed", len(command.refused) - len(batch.gone))
         self.host.metrics.connections("source", "gone", len(batch.gone))
         self.host.metrics.connections("source", "moved", len(batch.machine.connections) - len(command.refused))
+        if batch.turns is not None:
+            batch.turns.over(batch)
         batch.report(batch, command.outcome, command.refused)
-
-
-def _find(batch: Departure, connections: Sequence[Connection]) -> None:
-    """After a restart: the sockets, by four-tuple, out of their owners."""
-    wanted = {connection.four_tuple for connection in connections}
-    with SockDiag() as diag:
-        found = {each.four_tuple: each.inode for each in diag.list_connections() if each.four_tuple in wanted}
-    owners = owners_of({inode for inode in found.values() if inode})
-    with Takers() as takers:
-        sockets, _ = takers.take({each: owners.get(inode, ()) for each, inode in found.items()})
-    batch.sockets.update(sockets)

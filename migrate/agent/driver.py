@@ -62,6 +62,7 @@ class Handoff(Batch):
     def __init__(self, machine: Machine, driver: Performer) -> None:
         super().__init__(machine, driver)
         self.sockets: dict[FourTuple, socket.socket] = {}
+        self.cookies: dict[int, bytes] = {}  # of sockets that came here, and their connections' ids
         self.steering = False  # beside the commands
 
     def close(self) -> None:
@@ -117,7 +118,9 @@ class Driver:
         machine = batch.machine
         # A record that a caller could not restore is as good as before: only handoffs take a new epoch each time.
         again = machine.peer == CALLER and machine.role == DestinationHandoff.role
-        self.host.journal.forget(command.batch, machine.role, command.connections, command.moved, again=again)
+        self.host.journal.forget(
+            command.batch, machine.role, command.connections, command.moved, sockets=batch.cookies, again=again
+        )
         return None
 
     def _hold(self, batch: Batch, command: do.Hold) -> None:

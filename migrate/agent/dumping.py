@@ -14,9 +14,11 @@ import msgspec
 
 from migrate.agent.applications import Lender, by_application, lenders, loan_of
 from migrate.agent.caller import CALLER, HOLD, Taker
-from migrate.agent.departure import BUSY, NOT_QUIET, Departure, Departures
-from migrate.agent.move import choose, cut
+from migrate.agent.departure import Departures
+from migrate.agent.move import choose
 from migrate.agent.options import CHUNK_BYTES
+from migrate.agent.outbound import BUSY, NOT_QUIET, Departure
+from migrate.agent.passage import cut
 from migrate.agent.reports import Outcomes, results_of, stayed
 from migrate.agent.requests import DAY, seconds_of, selector_of
 from migrate.agent.v1 import migration_pb2 as pb

@@ -15,11 +15,12 @@ from migrate.agent.departure import Departures
 from migrate.agent.dumping import dump
 from migrate.agent.events import Events
 from migrate.agent.logging import get_logger
-from migrate.agent.move import Move, Wish
+from migrate.agent.move import Move
 from migrate.agent.requests import DAY, seconds_of, selector_of
 from migrate.agent.restoring import restore
 from migrate.agent.v1 import migration_pb2 as pb
 from migrate.agent.v1 import migration_pb2_grpc, types_pb2
+from migrate.agent.wish import Wish
 from migrate.errors import NotFound, UsageError
 from migrate.handoff.destination import DestinationHandoff
 from migrate.handoff.events import Resolved

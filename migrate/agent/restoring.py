@@ -11,8 +11,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from migrate import ici
 from migrate.agent.admission import EXISTS
 from migrate.agent.arrival import Arrivals
-from migrate.agent.move import BATCH
 from migrate.agent.options import CHUNK_BYTES
+from migrate.agent.passage import BATCH
 from migrate.agent.recovery import MEMORY
 from migrate.agent.reports import results_of
 from migrate.agent.v1 import migration_pb2 as pb

@@ -16,11 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from migrate.agent.logging import get_logger
 from migrate.errors import Error, HostError, NotFound, UsageError
 from migrate.fourtuple import FourTuple
-from migrate.kernel.diag import SockDiag
 from migrate.steer.forward import Forward, forwarding
 from migrate.steer.vip import Vip
 
-__all__ = ["FOREIGN", "Steerer", "address_of", "check_words", "foreign", "sharing"]
+__all__ = ["FOREIGN", "Steerer", "address_of", "check_words", "foreign"]
 
 RETRY = 0.2  # seconds between two attempts
 ATTEMPTS = 50
@@ -159,10 +158,3 @@ def address_of(agent: str) -> bytes:
     except OSError as error:
         raise HostError(f"agent {agent}: {error.strerror or error}") from None
     return socket.inet_pton(family, str(name[0]).partition("%")[0])
-
-
-def sharing(gone: Sequence[FourTuple]) -> list[FourTuple]:
-    """Connections here with the local addresses of those that are gone."""
-    addresses = {each.local for each in gone}
-    with SockDiag() as diag:
-        return [each.four_tuple for each in diag.list_connections() if each.four_tuple.local in addresses]

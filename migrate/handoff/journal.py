@@ -220,11 +220,12 @@ class Journal:
         connections: Sequence[Connection],
         moved: frozenset[bytes],
         *,
+        sockets: Mapping[int, bytes] | None = None,
         again: bool = False,
     ) -> None:
         """The batch is over: its row and records go; its epochs stay seen, and that ``moved`` changed hands.
 
-        ``again``: the epochs of those that did not move may be tried again.
+        ``sockets`` are remembered, see `remember`. ``again``: the epochs of those that did not move may be tried again.
         """
         with self._lock:
             now = int(time.time())
@@ -238,6 +239,8 @@ class Journal:
                     if again:
                         left = [(c.id, c.epoch, *found) for c in connections if c.id not in moved]
                         run.executemany(_GIVE_BACK, left)
+                    if sockets:
+                        self._remember(sockets)
                     if moved:
                         others = _encode([c.id for c in connections if c.id not in moved])
                         run.execute("INSERT OR REPLACE INTO moved VALUES(?, ?, ?, ?)", (*found, batch, others, now))
@@ -298,10 +301,12 @@ class Journal:
 
     def remember(self, sockets: Mapping[int, bytes]) -> None:
         """The sockets with these cookies (SO_COOKIE) are the connections with these ids."""
-        with self._lock, self._database.transaction() as run:
-            run.executemany(
-                "INSERT OR REPLACE INTO socket VALUES(?, ?)", [(_signed(cookie), id) for cookie, id in sockets.items()]
-            )
+        with self._lock, self._database.transaction():
+            self._remember(sockets)
+
+    def _remember(self, sockets: Mapping[int, bytes]) -> None:
+        named = [(_signed(cookie), id) for cookie, id in sockets.items()]
+        self._database.connection.executemany("INSERT OR REPLACE INTO socket VALUES(?, ?)", named)
 
     def prune(self, alive: Iterable[int], seconds: float) -> None:
         """Drop what no longer matters: cookies other than ``alive``, what was not touched for so many seconds."""

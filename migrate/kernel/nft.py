@@ -15,7 +15,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 from migrate.errors import Conflict, KernelError, NotFound, UsageError
@@ -96,17 +96,17 @@ class HoldTable(Table):
         Those that are held already change to that. Raises UsageError, NotFound if the table is gone; then as before.
         """
         come = dict.fromkeys(tuples, outgoing)
-        requests = self._removals(come)
+        additions: list[bytes] = []
         for ip, packed in keys(come):
             place = self._place(_SETS[outgoing], ip)
-            requests += nf.add_elements(place, packed, timeout=max(1, round(timeout * 1000)))
-        self._change("holding", requests)
+            additions += nf.add_elements(place, packed, timeout=max(1, round(timeout * 1000)))
+        self._change("holding", come, additions)
         self.members |= come
 
     def remove(self, tuples: Iterable[FourTuple]) -> None:
         """Hold these no longer; those that are not held, or no more, are passed over. Raises as add()."""
         gone = list(tuples)
-        self._change("letting go", self._removals(gone))
+        self._change("letting go", gone)
         for each in gone:
             self.members.pop(each, None)
 
@@ -144,26 +144,31 @@ class HoldTable(Table):
         found = nf.lookup(self._place(name, ip).set, nf.register(0))
         return [*only_tcp(self.family, ip), *load_key(ip, arriving=arriving), found]
 
-    def _removals(self, tuples: Iterable[FourTuple]) -> list[bytes]:
-        # An element that has expired cannot be deleted, but one that is there can be added again. So add and delete:
-        # within one transaction no segment sees it. (DESTROYSETELEM would do, since Linux 6.3 only.)
+    def _removals(self, tuples: Iterable[FourTuple], *, expired: bool) -> list[bytes]:
+        # An element that has expired cannot be deleted, but one that is there can be added again. So where some may
+        # have expired: add and delete. Within one transaction no segment sees it. (DESTROYSETELEM, since Linux 6.3.)
         requests: list[bytes] = []
         known = [each for each in tuples if each in self.members]
         for outgoing, name in _SETS.items():
             for ip, packed in keys([each for each in known if self.members[each] is outgoing]):
                 place = self._place(name, ip)
-                requests += nf.add_elements(place, packed) + nf.delete_elements(place, packed)
+                requests += (nf.add_elements(place, packed) if expired else []) + nf.delete_elements(place, packed)
         return requests
 
-    def _change(self, what: str, requests: list[bytes]) -> None:
-        if not requests:
-            return
-        try:
-            self._netfilter.commit(f"{what} in table {self.name}", requests)
-        except KernelError as error:
-            if error.errno != errno.ENOENT:
-                raise
-            raise self._gone() from None
+    def _change(self, what: str, tuples: Collection[FourTuple], additions: Sequence[bytes] = ()) -> None:
+        """Remove those that are there, then ``additions``."""
+        for expired in (False, True):  # they seldom are, and to add each first doubles the work
+            requests = [*self._removals(tuples, expired=expired), *additions]
+            if not requests:
+                return
+            try:
+                self._netfilter.commit(f"{what} in table {self.name}", requests)
+            except KernelError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+            else:
+                return
+        raise self._gone()
 
 
 class ForwardTable(Table):
