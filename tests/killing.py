@@ -121,8 +121,10 @@ def _become(words: list[str], at: int | list[str | int] | None, trace: int) -> i
         nonlocal began
         if event == "call" and frame.f_code.co_name in BEGIN:
             began = True
+        if event != "c_call" or not began:
+            return
         name = getattr(argument, "__name__", "")
-        if event != "c_call" or not began or name not in STEPS or os.getpid() != me:
+        if name not in STEPS or os.getpid() != me:
             return
         counts[name] += 1
         os.write(trace, f"{name}\n".encode())

@@ -18,7 +18,7 @@ from tests.waiting import until
 
 COUNT = 600
 FREEZE = "source:PREPARING:PREPARED:Freeze"  # of the first batch: all others wait for their turn
-OFFER = "destination:PREPARED:OFFER:WriteJournal"
+OFFER = "destination:PREPARED:OFFER:RestoreSilent"
 
 
 def stopped(agent: Agent) -> bool:
