@@ -122,7 +122,7 @@ def test_two_hundred_moves_in_a_row(lan: LanFactory, agents: Agents, tmp_path: P
             at, to = (at_a, b) if number % 2 == 0 else (at_b, a)
             if number >= PHASES[0]:
                 with contextlib.suppress(AssertionError):  # most are enough, see below
-                    until(partial(flows, (a if at is at_a else b).host), within=3)
+                    until(partial(flows, (a if at is at_a else b).host), within=1)
             summary = moved(at, chosen, to)
             assert summary.done == 1, (number, summary)
             aside = tmp_path / "gate.new"
