@@ -16,6 +16,7 @@ from migrate.agent.client import Client
 from migrate.agent.v1.types_pb2 import OUTCOME_DONE
 from migrate.errors import Error
 from migrate.ici import Ici
+from migrate.kernel.diag import list_connections
 from migrate.selection import Selector, find
 from tests import taking_part, taking_part_http
 from tests.capture import Capture
@@ -111,6 +112,11 @@ class Scene:
         self.client.talk(3)
         return str(done.results[str(self.client.server)]["reason"])
 
+    def unacknowledged(self, name: str) -> int:
+        """Bytes that are on their way from that host's end."""
+        with self.net.host(name).entered():
+            return sum(each.send_queue for each in list_connections() if each.four_tuple == self.client.server)
+
     def owners(self) -> dict[str, list[int]]:
         """The process of each descriptor of the connection, by host."""
         found = {}
@@ -203,6 +209,8 @@ def test_a_dump_asks_the_application_and_takes_its_state_along(scene: Scene) -> 
             scene.applications["a"].send_signal(signal.SIGCONT)
         assert "does not answer" in results.failures[0].problem.what
         scene.client.talk(3)
+        # Its delayed ACK would reach b when b has the address already and no socket yet.
+        until(lambda: not scene.unacknowledged("a"), what="the client has acknowledged everything")
         stored: list[bytes] = []
         assert [each.outcomes for each in at_a.dump(chosen, stored.append, hold=2)] == [[OUTCOME_DONE]]
         assert states(stored) == [12]
