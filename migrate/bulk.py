@@ -193,15 +193,19 @@ def _peeked(
     interpreter has there, and it costs less to fetch little of it again.
     """
     chosen, lengths = [socks[queue[0]] for queue in queues], [queue[1] for queue in queues]
+    copies: list[bytes] = []
     if chosen and _select(chosen, which):
-        copies: list[bytes] = []
         with suppress(OSError):  # one by one they say which, and why
             # A byte more than there should be tells of growth.
             copies = [sock.recv(length + 1, _PEEK) for sock, length in zip(chosen, lengths, strict=True)]
         _select(chosen, uapi.TCP_NO_QUEUE)
-        if list(map(len, copies)) == lengths:
-            return copies
-    return [_plain(sock, which, length) for sock, length in zip(chosen, lengths, strict=True)]
+    if list(map(len, copies)) == lengths:
+        return copies
+    copies = copies or [b""] * len(chosen)  # no queue here is empty: each is read by itself then
+    return [
+        data if len(data) == length else _plain(sock, which, length)
+        for sock, length, data in zip(chosen, lengths, copies, strict=True)
+    ]
 
 
 def _plain(sock: socket.socket, which: int, length: int) -> bytes | Exception:
